@@ -1,0 +1,45 @@
+"""`python -m benchmarks` lists the benchmarks; `python -m benchmarks NAME [options]` runs one."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import sys
+from pathlib import Path
+
+from benchmarks.common import BenchmarkError
+
+
+def catalogue() -> dict[str, str]:
+    """Name -> first line of the docstring, of every module here with a `main`, read without importing it."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark named first, with the other arguments; without a name, list them. Returns the exit status."""
+    known = catalogue()
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m benchmarks NAME [options]      (python -m benchmarks NAME --help shows the options)\n")
+        print("\n".join(f"  {name:<12}{line}" for name, line in known.items()))
+        return 0
+    name, *options = argv
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, 1, cutoff=0.0)) or "none yet"
+        print(f"error: no benchmark is called {name!r}; the nearest is: {near}", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f"benchmarks.{name}").main(options)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

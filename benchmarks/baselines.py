@@ -1,0 +1,78 @@
+"""The adapters that AuroRA is measured against: LoRA, and MoSLoRA, which puts an r x r matrix between A and B.
+
+LoRA: Hu et al., arXiv:2106.09685. MoSLoRA: Wu et al., "Mixture-of-Subspaces in Low-Rank Adaptation", arXiv:2406.11909.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRALinear(nn.Module):
+    """`W x + b + s B A x`, with `mixer` `W x + b + s B M A x`. A (r, d_in), B (d_out, r), M (r, r), s = alpha / r."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, mixer: bool = False) -> None:
+        super().__init__()
+        self.base, self.scaling = base, alpha / rank
+        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.M = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, rank, **like))) if mixer else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out)."""
+        out = self.base(x)
+        z = F.linear(x, self.A).flatten(0, -2)
+        z = z if self.M is None else F.linear(z, self.M)
+        # The same single pass over the output that AuroraLinear takes, so that timings compare methods, not care.
+        return torch.addmm(out.flatten(0, -2), z, self.B.t(), alpha=self.scaling).view(out.shape)
+
+    def update(self) -> Tensor:
+        """`s B M A`, (d_out, d_in): what merging adds to the weight."""
+        return self.scaling * (self.B if self.M is None else self.B @ self.M) @ self.A
+
+
+def inject_lora(
+    model: nn.Module,
+    target_regex: str,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    mixer: bool = False,
+    train: str | None = None,
+) -> list[str]:
+    """Adapt every `nn.Linear` whose name matches, in place; freeze all else but the parameters that `train` matches.
+
+    alpha: 2 * rank unless given, the scaling 2 that AuroRA has in its paper (alpha 4, rank 2). Returns the names
+    adapted; ValueError if there are none.
+    """
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(target_regex, n)]
+    if not names:
+        raise ValueError(f"{target_regex!r} matches no nn.Linear")
+    for name, p in model.named_parameters():
+        p.requires_grad_(train is not None and re.search(train, name) is not None)
+    for name in names:
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        _put(model, name, LoRALinear(base, rank, 2 * rank if alpha is None else alpha, mixer))
+    return names
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add every update to its weight, `W <- W + s B M A`; plain layers return."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear):
+            layer.base.weight += layer.update()
+            _put(model, name, layer.base)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, module)

