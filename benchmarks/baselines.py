@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from benchmarks.common import need
 
 
 class LoRALinear(nn.Module):
@@ -55,13 +58,18 @@ def inject_lora(
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(target_regex, n)]
     if not names:
         raise ValueError(f"{target_regex!r} matches no nn.Linear")
-    for name, p in model.named_parameters():
-        p.requires_grad_(train is not None and re.search(train, name) is not None)
+    freeze(model, train or "(?!)")
     for name in names:
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
         _put(model, name, LoRALinear(base, rank, 2 * rank if alpha is None else alpha, mixer))
     return names
+
+
+def freeze(model: nn.Module, train: str) -> None:
+    """Only parameters whose name matches stay trainable."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(re.search(train, name) is not None)
 
 
 @torch.no_grad()
@@ -76,3 +84,20 @@ def merge_lora(model: nn.Module) -> None:
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, key = name.rpartition(".")
     setattr(model.get_submodule(parent), key, module)
+
+
+def save_trained(model: nn.Module, path: Path) -> None:
+    """Write every trainable parameter to a safetensors file."""
+    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    need("safetensors.torch").save_file(trained, path)
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, path: Path) -> None:
+    """Read them back into a model prepared in the same way; KeyError if the names differ."""
+    saved = need("safetensors.torch").load_file(path)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.copy_(saved.pop(name))
+    if saved:
+        raise KeyError(f"{path} holds what the model has not: {', '.join(saved)}")

