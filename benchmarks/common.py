@@ -227,9 +227,10 @@ class Texts:
         turns = range(len(slices)) if generator is None else torch.randperm(len(slices), generator=generator).tolist()
         return [self.batch(slices[i]) for i in turns]
 
-    def head(self, count: int) -> Texts:
-        """The first `count` texts."""
-        return Texts(self.tokens[:count], self.ratings[:count], self.pad)
+    def sample(self, count: int) -> Texts:
+        """At most `count` texts at equal distances, as the classes may come one after the other."""
+        rows = torch.linspace(0, len(self.tokens) - 1, min(count, len(self.tokens))).long().tolist()
+        return Texts([self.tokens[i] for i in rows], self.ratings[rows], self.pad)
 
 
 def tokenize(tokenizer: Any, snippets: Sequence[Any], max_tokens: int = 48, scale: float = 1.0) -> Texts:
