@@ -1,5 +1,6 @@
 """Nonlinear low-rank adaptation of PyTorch models: AuroRA (NeurIPS 2025, arXiv:2505.18738)."""
 
+from aurora.checkpoint import load, save
 from aurora.core import (
     ANL,
     AuroraConfig,
@@ -22,8 +23,10 @@ __all__ = [
     "adapter_state_dict",
     "disabled",
     "inject",
+    "load",
     "load_adapter_state_dict",
     "merge",
     "parameters",
     "remove",
+    "save",
 ]

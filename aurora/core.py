@@ -42,8 +42,7 @@ class AuroraConfig:
     `B sigma(A x)`; "static" trains `B sigma(A) x`, which merges exactly. spline: "summed", every output channel applies
     its spline to all input channels and adds up, as the authors' code does; "per-channel", channel j sees only z_j.
     fixed, learnable: keep F, keep L (the paper's ablations). activation: "tanh", "leaky_relu" or "sigmoid", for F.
-    grid_size: G cells. spline_order: degree k, 1 to 8. grid_range: ends of the grid; the spline is zero k cells beyond
-    it. dropout: on the adapter's input, in training.
+    grid_size: G cells. spline_order: degree k, 1 to 8. grid_range: its ends. dropout: on the adapter's input.
     """
 
     rank: int = 2
@@ -65,7 +64,8 @@ class AuroraConfig:
             ("alpha", math.isfinite(self.alpha), "finite"),
             ("mode", self.mode in ("dynamic", "static"), '"dynamic" or "static"'),
             ("spline", self.spline in ("summed", "per-channel"), '"summed" or "per-channel"'),
-            ("learnable", self.fixed or self.learnable, "True when fixed is False: without both nothing is left"),
+            ("fixed", isinstance(self.fixed, bool), "True or False"),
+            ("learnable", self.learnable in (True, not self.fixed), "True, or False while fixed is True"),
             ("activation", self.activation in _ACTIVATIONS, f"one of {', '.join(_ACTIVATIONS)}"),
             ("grid_size", type(self.grid_size) is int and self.grid_size >= 1, "an int of at least 1"),
             ("spline_order", type(self.spline_order) is int and 1 <= self.spline_order <= 8, "an int from 1 to 8"),
