@@ -22,11 +22,10 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, mixer: bool = False) -> None:
         super().__init__()
         self.base, self.scaling = base, alpha / rank
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.M = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, rank, **like))) if mixer else None
+        weight = base.weight  # whose dtype and device the adapter shares
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, base.in_features), a=math.sqrt(5)))
+        self.B = nn.Parameter(weight.new_zeros(base.out_features, rank))
+        self.M = nn.Parameter(nn.init.orthogonal_(weight.new_empty(rank, rank))) if mixer else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""

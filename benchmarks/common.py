@@ -173,7 +173,8 @@ class Reader(nn.Module):
         """input_ids, attention_mask (N, L), int64 -> (N, 2)."""
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
-        return self.head((states * mask).sum(1) / mask.sum(1))
+        outputs: Tensor = self.head((states * mask).sum(1) / mask.sum(1))
+        return outputs
 
 
 # --- The task ------------------------------------------------------------------------------------------------------
@@ -293,7 +294,8 @@ def train(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     step = make_step(model.eval(), parameters, lr, steps)
-    generator, queue, history = torch.Generator().manual_seed(seed), [], History()
+    generator, history = torch.Generator().manual_seed(seed), History()
+    queue: list[Batch] = []
     marks = {steps * i // points for i in range(points)} if watch else set()
     with need("tqdm").tqdm(total=steps, desc=label, mininterval=0.5, unit="step") as bar:
         for i in range(steps):
@@ -323,7 +325,7 @@ def make_step(model: nn.Module, parameters: Sequence[nn.Parameter], lr: float, s
     def step(batch: Batch) -> float:
         value = loss(model(batch.input_ids, batch.attention_mask), batch.ratings)
         optimizer.zero_grad()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

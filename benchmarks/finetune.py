@@ -51,8 +51,8 @@ def contenders(targets: str, rank: int, lr: float | None = None) -> list[Contend
             lr or 5e-3,
             functools.partial(aurora.inject, target_regex=targets, rank=rank, train=HEAD),
             aurora.merge,
-            baselines.save_trained,
-            lambda m, p: (aurora.inject(m, targets, rank, train=HEAD), baselines.load_trained(m, p)),
+            aurora.save,
+            aurora.load,
         ),
     ]
 
@@ -282,11 +282,11 @@ def explain(options: argparse.Namespace, task: Task, steps: int, shown: str) -> 
         f"held out by a hash of their ids; {steps} steps of 32 texts, seeds {' '.join(map(str, options.seeds))}."
     )
     reading = (
-        "Adapter and head: trainable parameters. Accuracy: sign of the rating. Pearson: predicted and true rating. After "
-        "reloading: both for a fresh model with the saved file, equal to the digit or the command fails. After static "
-        "merge: both once the adapter is folded into the weights, which for LoRA keeps the trained function and for "
-        "AuroRA replaces it by another. s/step: median training step on one batch, contenders interleaved; beside it the "
-        "median ratio to the smaller LoRA. File: adapter and head. One standard error of an accuracy near 0.8 on "
-        f"{judged:,} texts is {math.sqrt(0.16 / judged):.4f}: smaller differences say little."
+        "Adapter and head: trainable parameters. Accuracy: sign of the rating. Pearson: predicted and true rating. "
+        "After reloading: both for a fresh model with the saved file, equal to the digit or the command fails. After "
+        "static merge: both once the adapter is folded into the weights, which for LoRA keeps the trained function and "
+        "for AuroRA replaces it by another. s/step: median training step on one batch, contenders interleaved; beside "
+        "it the median ratio to the smaller LoRA. File: adapter and head. One standard error of an accuracy near 0.8 "
+        f"on {judged:,} texts is {math.sqrt(0.16 / judged):.4f}: smaller differences say little."
     )
     return [setting, shown, reading]
