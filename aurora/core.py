@@ -20,7 +20,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,86 +88,87 @@ def _configure(rank: int | AuroraConfig, options: Mapping[str, Any]) -> AuroraCo
 # On a uniform grid every basis function is the same bump. With d the signed distance to its centre in cells, c =
 # (k + 1) / 2 its half-width and t_i = max(c - |d| - i, 0), it needs no recursion and no branches (docs/theory.md):
 #     k! N(d) = sum_i (-1)^i binom(k + 1, i) t_i^k,   i = 0 .. floor(k / 2).
+# The binomials join the weights. Columns are points, as in z = A x: operations run along N, which is long, not along r.
 
 
-def _clamps(distance: Tensor, k: int) -> list[tuple[int, Tensor]]:
-    """The pairs (signed binomial coefficient, t_i) for distances |d|, each t_i of their shape."""
-    reach = F.relu((k + 1) / 2 - distance)
-    return [((-1) ** i * math.comb(k + 1, i), F.softshrink(reach, float(i)) if i else reach) for i in range(k // 2 + 1)]
+class _Grid(NamedTuple):
+    """The constants of a grid: centres (n, 1, 1, 1) in cells, reach c - i (I, 1, 1), binomials / k! (1, I), and 1."""
+
+    centers: Tensor
+    reach: Tensor
+    binomials: Tensor
+    one: Tensor
+
+    @classmethod
+    def of(cls, c: AuroraConfig, dtype: torch.dtype, device: torch.device) -> _Grid:
+        k, terms = c.spline_order, range(c.spline_order // 2 + 1)
+        make = functools.partial(torch.tensor, dtype=dtype, device=device)
+        centers = make([c.grid_range[0] * c.cells_per_unit + (1 - k) / 2 + g for g in range(c.grid_size + k)])
+        binomials = make([[(-1) ** i * math.comb(k + 1, i) / math.factorial(k) for i in terms]])
+        reach = make([(k + 1) / 2 - i for i in terms])
+        return cls(centers.view(-1, 1, 1, 1), reach.view(-1, 1, 1), binomials, make(1.0))
 
 
-def _value_and_slope(z: Tensor, centers: Tensor, config: AuroraConfig) -> tuple[Tensor, Tensor]:
-    """`k! N` and `(k - 1)! h dN/dz` of every basis function at every point: z (N, r) -> two (N, r, n)."""
-    k = config.spline_order
-    d = torch.sub(centers, z.unsqueeze(-1), alpha=config.cells_per_unit)
-    sign = torch.ones_like(d).copysign(d)  # never 0, as sgn would be: it would wipe out second derivatives at centres
-    (_, t, slope), *rest = [(c, t, t.sign() if k == 1 else t ** (k - 1)) for c, t in _clamps(d * sign, k)]
-    value = slope * t
-    for c, t, power in rest:
-        slope, value = torch.add(slope, power, alpha=c), torch.addcmul(value, power, t, value=c)
-    return value, slope * sign
-
-
-def _sigma(z: Tensor, H: Tensor | None, w: Tensor | None, centers: Tensor, s: float, config: AuroraConfig) -> Tensor:
-    """`s * sigma(z)`, (N, r) -> (N, r): the definition of the adaptive nonlinear layer."""
+def _sigma(z: Tensor, H: Tensor | None, bumps: Tensor | None, grid: _Grid, s: float, config: AuroraConfig) -> Tensor:
+    """`s * sigma(z)`, (r, N) -> (r, N): the definition of the adaptive nonlinear layer. bumps (r, nI): see ANL."""
     activation, _ = _ACTIVATIONS[config.activation]
-    out = torch.zeros_like(z) if H is None else activation(activation(z) @ H.t())
-    if w is None:
-        return s * out
-    d = torch.sub(centers, z.unsqueeze(-1), alpha=config.cells_per_unit)  # (N, r, n)
-    k, gain = config.spline_order, s / math.factorial(config.spline_order)
-    (_, t), *rest = _clamps(d.abs(), k)
-    value = t**k
-    for c, t in rest:
-        value = torch.add(value, t**k, alpha=c)
-    if config.spline == "per-channel":
-        return torch.add(s * out, (value * w).sum(-1), alpha=gain)
-    # Every channel's spline reads all channels, so the bases can be added up before the weights: (N, r, n) -> (N, n).
-    return torch.addmm(out, value.sum(-2), w.t(), beta=s, alpha=gain)
+    fixed = torch.zeros_like(z) if H is None else activation(H @ activation(z))
+    if bumps is None:
+        return s * fixed
+    distance = torch.sub(grid.centers, z, alpha=config.cells_per_unit).abs()  # (n, 1, r, N)
+    powers = F.relu(grid.reach - distance) ** config.spline_order  # (n, I, r, N)
+    if config.spline == "summed":  # every spline reads all channels, so that their powers can be added up first
+        return torch.addmm(fixed, bumps, powers.sum(2).flatten(0, 1), beta=s, alpha=s)
+    powers = powers.flatten(0, 1).transpose(0, 1)  # (r, nI, N): one product of matrices a channel
+    return torch.baddbmm(fixed.unsqueeze(1), bumps.unsqueeze(1), powers, beta=s, alpha=s).squeeze(1)
 
 
 class _Sigma(torch.autograd.Function):
     """`_sigma` with its derivatives by hand: where autograd would keep every step, this keeps z and recomputes."""
 
     generate_vmap_rule = True
+    _sigma.__signature__ = inspect.signature(_sigma)  # type: ignore  # apply() asks at every call; that is dear
     forward = staticmethod(_sigma)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.scale, ctx.config = inputs[4:]
-        ctx.save_for_backward(*inputs[:4])
-        ctx.save_for_forward(*inputs[:4])
+        ctx.grid, ctx.scale, ctx.config = inputs[3:]
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, H, w, centers = ctx.saved_tensors
-        config, k = ctx.config, ctx.config.spline_order
-        grad_z = grad_H = grad_w = None
+        z, H, bumps = ctx.saved_tensors
+        grad_z = grad_H = grad_bumps = None
+        # Products take the scale along: with beta = 0, addmm looks at nothing but the shape of its first argument.
+        times_scale = functools.partial(torch.addmm, beta=0, alpha=ctx.scale)
         with _full_precision(z):
-            grad = grad * ctx.scale
             if H is not None:
-                activation, derivative = _ACTIVATIONS[config.activation]
+                activation, derivative = _ACTIVATIONS[ctx.config.activation]
                 inner = activation(z)
-                outer = derivative(grad, activation(inner @ H.t()))
-                grad_z, grad_H = derivative(outer @ H, inner), outer.t() @ inner
-            if w is not None:
-                value, slope = _value_and_slope(z, centers, config)
+                outer = derivative(grad, activation(H @ inner))
+                grad_z, grad_H = derivative(times_scale(z, H.t(), outer), inner), times_scale(H, outer, inner.t())
+            if bumps is not None:
+                k, cells = ctx.config.spline_order, ctx.config.cells_per_unit
                 grad_z = torch.zeros_like(z) if grad_z is None else grad_z
-                gain = config.cells_per_unit / math.factorial(k - 1)
-                if config.spline == "per-channel":
-                    grad_w = (value * grad.unsqueeze(-1)).sum(0)
-                    grad_z = torch.addcmul(grad_z, (slope * w).sum(-1), grad, value=gain)
+                d = torch.sub(ctx.grid.centers, z, alpha=cells)  # (n, 1, r, N)
+                sign = ctx.grid.one.copysign(d)  # never 0, as sgn would be: it would wipe out second derivatives
+                t = F.relu(torch.addcmul(ctx.grid.reach, sign, d, value=-1))  # (n, I, r, N)
+                power = t.sign() if k == 1 else t ** (k - 1)
+                value, slope = (power * t).flatten(0, 1), (power * sign).flatten(0, 1)  # (nI, r, N)
+                if ctx.config.spline == "summed":
+                    grad_bumps = times_scale(bumps, grad, value.sum(1).t())
+                    through = (slope * (bumps.t() @ grad).unsqueeze(1)).sum(0)
                 else:
-                    grad_w = grad.t() @ value.sum(-2)
-                    into = (grad @ w).unsqueeze(-1)
-                    grad_z = torch.baddbmm(grad_z.unsqueeze(-1), slope, into, alpha=gain).squeeze(-1)
-                grad_w = grad_w / math.factorial(k)
-        return grad_z, grad_H, grad_w, None, None, None
+                    grad_bumps = torch.bmm(grad.unsqueeze(1), value.permute(1, 2, 0)).squeeze(1) * ctx.scale
+                    through = torch.bmm(bumps.unsqueeze(1), slope.transpose(0, 1)).squeeze(1) * grad
+                grad_z = torch.add(grad_z, through, alpha=k * cells * ctx.scale)
+        return grad_z, grad_H, grad_bumps, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         # The backward is linear in the gradient it is given, and its transpose is the derivative along the tangents.
-        given = [i for i, primal in enumerate(ctx.saved_tensors[:3]) if primal is not None]
+        given = [i for i, primal in enumerate(ctx.saved_tensors) if primal is not None]
         start = torch.zeros_like(ctx.saved_tensors[0])
         transpose = torch.func.vjp(lambda grad: [_Sigma.backward(ctx, grad)[i] for i in given], start)[1]
         return transpose([tangents[i] for i in given])[0]  # type: ignore[no-any-return]
@@ -198,7 +199,7 @@ class ANL(nn.Module):
         H, w = (torch.empty(c.rank, n, device=device, dtype=dtype) for n in (c.rank, c.grid_size + c.spline_order))
         self.H = nn.Parameter(H) if c.fixed else None
         self.spline_weight = nn.Parameter(w) if c.learnable else None
-        self._centers = self._make_centers(H)
+        self._grid = _Grid.of(c, _wide(H), H.device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -208,29 +209,28 @@ class ANL(nn.Module):
         if self.spline_weight is not None:
             nn.init.uniform_(self.spline_weight, -0.1, 0.1)
 
-    def _make_centers(self, like: Tensor) -> Tensor:
-        first = self.config.grid_range[0] * self.config.cells_per_unit + (1 - self.config.spline_order) / 2
-        count = self.config.grid_size + self.config.spline_order
-        return torch.arange(count, dtype=_wide(like), device=like.device) + first
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ANL:
-        # The centres are a constant, not state: no buffer, so nothing to load, and to_empty() cannot leave them blank.
+        # The grid is a constant, not state: no buffer, so nothing to load, and to_empty() cannot leave it blank.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._centers = self._make_centers(next(self.parameters()))
+        self._grid = _Grid.of(self.config, _wide(p := next(self.parameters())), p.device)
         return self
 
     def forward(self, z: Tensor, scale: float = 1.0) -> Tensor:
         """`scale * sigma(z)` for z (..., r). Raises ValueError if the last dimension is not the rank."""
         if z.shape[-1:] != (self.config.rank,):
             raise ValueError(f"an ANL of rank {self.config.rank} got an input of shape {tuple(z.shape)}")
-        dtype, centers = _wide(z, self._centers), self._centers
-        if centers.device != z.device or centers.dtype != dtype:  # loaded by assignment, or a wider input
-            centers = self._make_centers(z.to(dtype))
+        return self.columns(z.reshape(-1, self.config.rank).t(), scale).t().reshape(z.shape)
+
+    def columns(self, z: Tensor, scale: float = 1.0) -> Tensor:
+        """`scale * sigma` of every column of z (r, N) -> (r, N)."""
+        dtype, grid = _wide(z, self._grid.one), self._grid
+        if grid.one.device != z.device or grid.one.dtype != dtype:  # loaded by assignment, or a wider input
+            grid = _Grid.of(self.config, dtype, z.device)
         H, w = (None if p is None else p.to(dtype) for p in (self.H, self.spline_weight))
         sigma = _sigma if torch.compiler.is_compiling() else _Sigma.apply  # a compiler derives and fuses by itself
         with _full_precision(z):
-            out: Tensor = sigma(z.reshape(-1, self.config.rank).to(dtype), H, w, centers, scale, self.config)
-        return out.to(z.dtype).view(z.shape)
+            bumps = None if w is None else (w.reshape(-1, 1) @ grid.binomials).view(self.config.rank, -1)
+            return sigma(z.to(dtype), H, bumps, grid, scale, self.config).to(z.dtype)  # type: ignore[no-any-return]
 
 
 class AuroraLinear(nn.Module):
@@ -279,16 +279,17 @@ class AuroraLinear(nn.Module):
             return out
         rows = F.dropout(x, self.config.dropout, self.training).reshape(-1, self.in_features)  # (N, in_features)
         if self.config.mode == "static":
-            y = F.linear(rows, self.anl(self.A.t(), self.scaling).t().to(x.dtype))
+            y = self.anl.columns(self.A, self.scaling).to(x.dtype) @ rows.t()  # (r, N)
         else:
-            y = self.anl(F.linear(rows, self.A.to(x.dtype)), self.scaling)
-        # One pass over the output, where product, scaling and sum would take three.
-        return torch.addmm(out.reshape(-1, self.out_features), y.to(out.dtype), self.B.t().to(out.dtype)).view_as(out)
+            y = self.anl.columns(self.A.to(x.dtype) @ rows.t(), self.scaling)
+        # One pass over the output, where product, scaling and sum would take three. A contiguous transpose of B makes
+        # the narrow products of the backward several times faster on a CPU.
+        up = self.B.t().to(out.dtype).contiguous()
+        return torch.addmm(out.reshape(-1, self.out_features), y.t().to(out.dtype), up).view_as(out)
 
     def static_update(self) -> Tensor:
         """`s B sigma(A)`, (out_features, in_features), sigma on each column of A, in float32 or wider."""
-        A = self.A.to(_wide(self.A))
-        return self.B.to(A.dtype) @ self.anl(A.t(), self.scaling).t()  # type: ignore[no-any-return]
+        return self.B.to(_wide(self.B)) @ self.anl.columns(self.A.to(_wide(self.A)), self.scaling)
 
     def merged_weight(self, update: Tensor) -> Tensor:
         """The base's weight plus `update` (out_features, in_features), summed in float32 or wider and rounded once."""
@@ -301,8 +302,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a layer that computes a linear map; None for any other and for lazy layers."""
     names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
     n_in, n_out = (getattr(module, name, None) for name in names)
-    # A lazy layer, which does not know its width yet, says 0.
-    return (n_in, n_out) if n_in and isinstance(n_in, int) and isinstance(n_out, int) else None
+    return (n_in, n_out) if n_in and isinstance(n_in, int) and isinstance(n_out, int) else None  # a lazy layer says 0
 
 
 def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
