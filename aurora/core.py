@@ -230,7 +230,7 @@ class ANL(nn.Module):
         sigma = _sigma if torch.compiler.is_compiling() else _Sigma.apply  # a compiler derives and fuses by itself
         with _full_precision(z):
             bumps = None if w is None else (w.reshape(-1, 1) @ grid.binomials).view(self.config.rank, -1)
-            return sigma(z.to(dtype), H, bumps, grid, scale, self.config).to(z.dtype)  # type: ignore[no-any-return]
+            return sigma(z.to(dtype), H, bumps, grid, scale, self.config).to(z.dtype)
 
 
 class AuroraLinear(nn.Module):
@@ -277,15 +277,14 @@ class AuroraLinear(nn.Module):
         out: Tensor = self.base(x, *args, **kwargs)
         if not self.enabled:
             return out
-        rows = F.dropout(x, self.config.dropout, self.training).reshape(-1, self.in_features)  # (N, in_features)
-        if self.config.mode == "static":
-            y = self.anl.columns(self.A, self.scaling).to(x.dtype) @ rows.t()  # (r, N)
-        else:
-            y = self.anl.columns(self.A.to(x.dtype) @ rows.t(), self.scaling)
+        x, static = F.dropout(x, self.config.dropout, self.training), self.config.mode == "static"
+        down = self.anl.columns(self.A, self.scaling) if static else self.A
+        y = F.linear(x, down.to(x.dtype)).reshape(-1, self.config.rank)  # (N, r), z if dynamic
+        y = y if static else self.anl.columns(y.t().contiguous(), self.scaling).t()
         # One pass over the output, where product, scaling and sum would take three. A contiguous transpose of B makes
         # the narrow products of the backward several times faster on a CPU.
         up = self.B.t().to(out.dtype).contiguous()
-        return torch.addmm(out.reshape(-1, self.out_features), y.t().to(out.dtype), up).view_as(out)
+        return torch.addmm(out.reshape(-1, self.out_features), y.to(out.dtype), up).view_as(out)
 
     def static_update(self) -> Tensor:
         """`s B sigma(A)`, (out_features, in_features), sigma on each column of A, in float32 or wider."""
