@@ -152,9 +152,10 @@ class _Sigma(torch.autograd.Function):
                 k, cells = ctx.config.spline_order, ctx.config.cells_per_unit
                 grad_z = torch.zeros_like(z) if grad_z is None else grad_z
                 d = torch.sub(ctx.grid.centers, z, alpha=cells)  # (n, 1, r, N)
-                sign = ctx.grid.one.copysign(d)  # never 0, as sgn would be: it would wipe out second derivatives
-                t = F.relu(torch.addcmul(ctx.grid.reach, sign, d, value=-1))  # (n, I, r, N)
-                power = t.sign() if k == 1 else t ** (k - 1)
+                # Not sgn, whose 0 would wipe out second derivatives; at the corners of order 1, the mean slope.
+                sign = d.sgn() if k == 1 else ctx.grid.one.copysign(d)
+                t = F.relu(edge := torch.addcmul(ctx.grid.reach, sign, d, value=-1))  # (n, I, r, N)
+                power = (edge.sign() + 1) / 2 if k == 1 else t ** (k - 1)
                 value, slope = (power * t).flatten(0, 1), (power * sign).flatten(0, 1)  # (nI, r, N)
                 if ctx.config.spline == "summed":
                     grad_bumps = times_scale(bumps, grad, value.sum(1).t())

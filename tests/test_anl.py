@@ -140,6 +140,16 @@ def test_derivatives(variant, order, where):
         assert gradgradcheck(f, (z, *weights))
 
 
+@pytest.mark.parametrize("spline", ["summed", "per-channel"])
+def test_order_1_has_the_mean_slope_at_its_corners(spline):
+    anl = make(rank=1, fixed=False, spline_order=1, grid_size=4, spline=spline)
+    with torch.no_grad():
+        anl.spline_weight.copy_(torch.tensor([[1.0, 2.0, 3.0, -2.0, 1.0]]))
+    z = torch.tensor([[-0.75], [-0.5], [-0.25], [0.0], [0.25], [0.5], [3.0]], dtype=torch.float64, requires_grad=True)
+    anl(z).sum().backward()
+    assert z.grad.flatten().tolist() == [2, 2, 2, -4, -10, -2, 0]
+
+
 def test_gradcheck_would_notice_a_wrong_derivative(monkeypatch):
     original = core._Sigma.backward
     wrong = staticmethod(lambda ctx, grad: (original(ctx, grad)[0] * 1.01, *original(ctx, grad)[1:]))

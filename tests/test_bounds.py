@@ -1,0 +1,480 @@
+"""Certified bounds: never exceeded, rarely loose, and a halved one is noticed."""
+
+import dataclasses
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from reference import bases, knots
+from torch import nn
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.utils.checkpoint import checkpoint
+
+import aurora
+from aurora import ANL, AuroraConfig, AuroraLinear, bounds
+
+# --- No bound is ever exceeded ----------------------------------------------------------------------------------------
+
+GRIDS = [(-1.0, 1.0), (-1.0, 1.0), (-0.3, 2.9), (4.0, 11.0), (-1e-3, 5e-3)]
+
+
+@st.composite
+def configs(draw, **fixed):
+    terms = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    options = {
+        "rank": draw(st.one_of(st.integers(1, 3), st.integers(1, 16))),
+        "alpha": draw(st.sampled_from([4.0, 1.0, -0.5])),
+        "spline": draw(st.sampled_from(["summed", "per-channel"])),
+        "fixed": terms[0],
+        "learnable": terms[1],
+        "activation": draw(st.sampled_from(["tanh", "sigmoid", "leaky_relu"])),
+        "grid_size": draw(st.one_of(st.just(5), st.integers(1, 12))),
+        "spline_order": draw(st.one_of(st.just(3), st.integers(1, 8))),
+        "grid_range": draw(st.sampled_from(GRIDS)),
+    }
+    return AuroraConfig(**options | fixed)
+
+
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+SEEDS = st.integers(0, 2**32 - 1)
+# Logarithms of the size of weights: below 1e-38 float32 is denormal, below 1e-45 zero.
+SIZES = st.one_of(st.integers(-2, 1), st.integers(-46, 4), st.just(-310))
+
+
+def fill(draw, module, random):
+    for p in module.parameters():
+        if p.requires_grad:
+            values = torch.randn(p.shape, generator=random, dtype=torch.float64)
+            values *= torch.rand(p.shape, generator=random) < draw(st.sampled_from([1.0, 1.0, 0.5]))
+            p.data.copy_(values * 10.0 ** draw(SIZES)).clamp_(-1e4, 1e4)
+
+
+def hidden(config, random):
+    """Points z (N, r) where something can happen: knots, middles of cells, random, huge, all channels alike or not."""
+    grid = torch.from_numpy(knots(config.grid_size, config.spline_order, *config.grid_range))
+    special = torch.cat([grid, (grid[1:] + grid[:-1]) / 2, torch.tensor([0.0, 1e-30, 1e30, -1e30, 40.0, -40.0])])
+    spread = grid[0] + (grid[-1] - grid[0]) * torch.rand(24, generator=random, dtype=torch.float64)
+    alike = torch.cat([special, spread]).unsqueeze(1).expand(-1, config.rank)
+    mixed = special[torch.randint(len(special), (8, config.rank), generator=random)]
+    return torch.cat([alike, mixed, torch.randn(4, config.rank, generator=random)])
+
+
+class Case:
+    """A module, its inputs (N, d_in), and upstream gradients (N, d_out) of norm 1 each."""
+
+    def __init__(self, module, x, g):
+        self.module, self.x, self.g = module, x, g / g.norm(dim=1, keepdim=True)
+
+    def __repr__(self):
+        parameters = {name: p.tolist() for name, p in self.module.named_parameters() if p.requires_grad}
+        return f"{self.module.config}, {self.x.dtype}, {parameters}"
+
+
+@st.composite
+def anl_cases(draw):
+    dtype, random = draw(DTYPES), torch.Generator().manual_seed(draw(SEEDS))
+    anl = ANL(draw(configs()), dtype=dtype)
+    fill(draw, anl, random)
+    z = hidden(anl.config, random).to(dtype)
+    limit = 10.0 ** draw(st.integers(-2, 30))
+    z = z[z.norm(dim=1) <= limit]
+    z = torch.cat([z, torch.zeros(1, anl.config.rank, dtype=dtype)])
+    g = torch.randn(z.shape, generator=random, dtype=dtype)
+    return Case(anl, z, g)
+
+
+@st.composite
+def layer_cases(draw):
+    """An AuroraLinear over a base that adds nothing."""
+    dtype, random = draw(DTYPES), torch.Generator().manual_seed(draw(SEEDS))
+    d_in, d_out = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    config = draw(configs(mode=draw(st.sampled_from(["dynamic", "static"])), rank=draw(st.integers(1, min(d_in, 4)))))
+    base = nn.Linear(d_in, d_out, bias=False, dtype=dtype)
+    nn.init.zeros_(base.weight).requires_grad_(False)
+    layer = AuroraLinear(base, config)
+    fill(draw, layer, random)
+    # Where sigma varies, along the directions that matter most, and anywhere.
+    inverse = torch.linalg.pinv(layer.A.detach().double())
+    top = [torch.linalg.svd(m.detach().double())[2][:1] for m in (layer.static_update(), layer.A)]
+    anywhere = torch.randn(8, d_in, generator=random, dtype=torch.float64)
+    size = 10.0 ** draw(st.one_of(st.integers(-2, 2), st.integers(-46, 30)))
+    x = torch.cat([hidden(config, random) @ inverse.t(), *(size * v for v in top), anywhere * size])
+    x = x[x.isfinite().all(1) & (x.norm(dim=1) <= max(size, 1e-3) * 1e3) & (x.norm(dim=1) <= 1e30)].to(dtype)
+    x = torch.cat([x, torch.zeros(1, d_in, dtype=dtype)])
+    g = torch.randn(len(x), d_out, generator=random, dtype=dtype)
+    g[::2] = torch.linalg.svd(layer.B.detach())[0][:, 0]
+    return Case(layer, x, g)
+
+
+def norm(rows):
+    """Euclidean norms (N,) of rows (N, ...), scaled so that squares neither vanish nor overflow."""
+    flat = rows.double().flatten(1)
+    largest = flat.abs().amax(1, keepdim=True).clamp(min=5e-324)
+    return largest.squeeze(1) * (flat / largest).norm(dim=1)
+
+
+def measure(module, x, g):
+    """The norms that `Certificate.numbers` bounds, each the largest over the rows."""
+    anl = module.anl if isinstance(module, AuroraLinear) else module
+    parameters = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+    def loss(parameters, x, g):
+        return (functional_call(module, parameters, (x,)) * g).sum()
+
+    to_parameters, to_x = vmap(grad(loss, argnums=(0, 1)), in_dims=(None, 0, 0))(parameters, x, g)
+    found = {f"gradient of {name}": norm(rows).max() for name, rows in (to_parameters | {"x": to_x}).items()}
+    z = x if anl is module else x @ module.A.detach().t()
+    if module.config.mode == "static" and anl is not module:
+        z = module.A.detach().t()
+    with torch.no_grad():
+        found |= {f"value of channel {j}": v for j, v in enumerate(anl(z).double().abs().amax(0))}
+        found["output"] = norm(module(x)).max()
+    found["jacobian"] = torch.linalg.matrix_norm(vmap(jacrev(anl))(z).detach().double(), 2).max()
+    found["lipschitz"] = found["gradient of x"]  # the upstream gradients have norm 1
+    return {name: float(value) for name, value in found.items()}
+
+
+def check(case):
+    module, x = case.module, case.x
+    size = float(norm(x).max())
+    measured = measure(module, x, case.g)
+    certified = bounds.certify(module, size).numbers()
+    allowed = bounds.allowance(module, size, 1.0, x.dtype).numbers()
+    assert measured.keys() == certified.keys() == allowed.keys()
+    for name, value in measured.items():
+        # Where intermediate results may overflow the dtype, the allowance is infinite and NaN is all one can expect.
+        assert value <= certified[name] + allowed[name] or math.isinf(allowed[name]), (
+            name,
+            value,
+            certified[name],
+            allowed[name],
+            size,
+            case,
+        )
+
+
+@given(anl_cases())
+def test_no_bound_of_an_anl_is_exceeded(case):
+    check(case)
+
+
+@given(layer_cases())
+def test_no_bound_of_a_layer_is_exceeded(case):
+    check(case)
+
+
+# --- Halving any bound is noticed -------------------------------------------------------------------------------------
+
+# The fields of a certificate, and the names of its gradients, beside what `numbers` calls them.
+LAYER = {
+    "value": r"value of channel \d",
+    "jacobian": "jacobian",
+    "output": "output",
+    "lipschitz": "lipschitz",
+    **{name: f"gradient of {name}" for name in ("x", "A", "B", "anl.H", "anl.spline_weight")},
+}
+ALONE = {name: LAYER[name] for name in list(LAYER)[:5]} | {n: f"gradient of {n}" for n in ("H", "spline_weight")}
+
+
+def scaled(certificate, quantity, factor):
+    if hasattr(certificate, quantity):
+        return dataclasses.replace(certificate, **{quantity: getattr(certificate, quantity) * factor})
+    gradients = {name: bound * (factor if name == quantity else 1) for name, bound in certificate.gradients.items()}
+    return dataclasses.replace(certificate, gradients=gradients)
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantity"),
+    [(mode, quantity) for mode in ("dynamic", "static") for quantity in LAYER] + [("ANL", name) for name in ALONE],
+)
+def test_halving_a_bound_is_noticed(kind, quantity, monkeypatch):
+    original = bounds.certify
+    monkeypatch.setattr(bounds, "certify", lambda *args: scaled(original(*args), quantity, 0.5))
+    cases = anl_cases() if kind == "ANL" else layer_cases().filter(lambda case: case.module.config.mode == kind)
+    # The properties above, without shrinking what they find.
+    quickly = settings(phases=[Phase.generate], report_multiple_bugs=False, derandomize=True, database=None)
+    with pytest.raises(AssertionError, match=(ALONE if kind == "ANL" else LAYER)[quantity]):
+        quickly(given(cases)(check))()
+
+
+# --- The suprema are exact --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", range(1, 9))
+def test_spline_pieces_agree_with_cox_de_boor(order):
+    anl = ANL(1, spline_order=order, grid_size=4, grid_range=(-0.5, 2.0), dtype=torch.float64)
+    t = torch.linspace(-4, 6, 999, dtype=torch.float64)
+    expected = torch.from_numpy(bases(t.numpy(), 4, order, -0.5, 2.0)).t()
+    torch.testing.assert_close(bounds._Layer(anl, 1.0).bases(t), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", range(2, 9))
+def test_splines_reach_their_bounds(order):
+    torch.manual_seed(order)
+    anl = ANL(4, spline="per-channel", fixed=False, spline_order=order, dtype=torch.float64)
+    nn.init.normal_(anl.spline_weight)
+    edge = 1 + order * 0.4
+    t = torch.linspace(-edge, edge, 20001, dtype=torch.float64).unsqueeze(1).expand(-1, 4).requires_grad_()
+    out = anl(t)
+    slopes = torch.autograd.grad(out.sum(), t)[0]
+    certified = bounds.certify(anl)
+    for reached, bound in ((out.abs().amax(0), certified.value), (slopes.abs().max(), certified.jacobian)):
+        assert (reached <= bound * (1 + 1e-9)).all()
+        assert (reached >= bound * (1 - 2e-3)).all()  # the points are 2e-3 of a cell apart at most
+
+
+def test_cubic_slope_in_closed_form():
+    """On a cell S' is the quadratic with Bernstein coefficients (a + b) / 2, b, (b + c) / 2: extreme at its vertex."""
+    w = torch.tensor([[0.3, -1.0, 0.8, 0.7, -0.2, 0.5, 0.1, -0.4]], dtype=torch.float64)
+    anl = ANL(1, fixed=False, dtype=torch.float64)
+    anl.spline_weight.data.copy_(w)
+    d = [0.0, 0.0, *torch.diff(torch.nn.functional.pad(w, (1, 1))).mul(2.5).flatten().tolist(), 0.0, 0.0]
+    extremes = []
+    for a, b, c in zip(d, d[1:], d[2:], strict=False):
+        start, middle, end = (a + b) / 2, b, (b + c) / 2
+        curvature = start - 2 * middle + end
+        vertex = (start - middle) / curvature if curvature else 0.0
+        points = [0.0, 1.0, *([vertex] if 0 < vertex < 1 else [])]
+        extremes += [abs(start * (1 - u) ** 2 + 2 * middle * u * (1 - u) + end * u**2) for u in points]
+    assert bounds.certify(anl).jacobian == pytest.approx(max(extremes), rel=1e-11)
+
+
+def test_bounds_by_hand():
+    """rank 1, no spline: sigma = tanh(h tanh z), at most tanh |h|, with the slope h at 0."""
+    base = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+    layer = AuroraLinear(base, 1, alpha=3.0, learnable=False)
+    layer.A.data, layer.B.data = (torch.tensor(m, dtype=torch.float64) for m in ([[3.0, 4.0]], [[0.6], [0.8]]))
+    layer.anl.H.data.fill_(-0.5)
+    certified = bounds.certify(layer, x=10.0, upstream=7.0)
+    expected = {
+        "value of channel 0": math.tanh(0.5),
+        "jacobian": 0.5,
+        "output": 3 * math.tanh(0.5),
+        "lipschitz": 7.5,
+        "gradient of x": 52.5,
+        "gradient of A": 105.0,
+        "gradient of B": 21 * math.tanh(0.5),
+        "gradient of anl.H": 21.0,
+    }
+    assert certified.numbers() == pytest.approx(expected, rel=2e-3)
+    assert certified.numbers()["gradient of A"] <= 105.0 * (1 + 1e-12)
+    everywhere = bounds.certify(layer)
+    assert everywhere.output == pytest.approx(3 * math.tanh(0.5))
+    assert everywhere.gradients["A"] == math.inf
+    layer.B.data.zero_()
+    assert bounds.certify(layer).numbers()["gradient of A"] == 0  # nothing comes through, whatever x is
+
+
+@pytest.mark.parametrize(("x", "upstream"), [(-1.0, 1.0), (math.nan, 1.0), (1.0, -2.0)])
+def test_norms_are_checked(x, upstream):
+    with pytest.raises(ValueError, match="is a norm and cannot be"):
+        bounds.certify(ANL(2), x, upstream)
+
+
+# --- Tightness --------------------------------------------------------------------------------------------------------
+
+
+def random_layers(count, rank, **options):
+    """Layers from the usual start up to twenty times larger, the splines too."""
+    made = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        anl = ANL(rank, dtype=torch.float64, **options)
+        for p in anl.parameters():
+            p.data *= 20 ** torch.rand(()).item()
+        made.append(anl)
+    return made
+
+
+def largest_jacobians(layers, starts=48, steps=30):
+    """For each layer the largest |J| that gradient ascent finds from random points; all layers are searched at once."""
+    anl = layers[0]
+    parameters = {
+        name: torch.stack([dict(a.named_parameters())[name].detach() for a in layers])
+        for name in dict(anl.named_parameters())
+    }
+
+    def size(parameters, z):
+        return torch.linalg.matrix_norm(jacrev(lambda z: functional_call(anl, parameters, (z,)))(z))
+
+    def spectral(parameters, z):
+        return torch.linalg.matrix_norm(jacrev(lambda z: functional_call(anl, parameters, (z,)))(z), 2)
+
+    ascent, value = (vmap(vmap(f, (None, 0)), (0, 0)) for f in (grad(size, argnums=1), spectral))
+    torch.manual_seed(0)
+    edge = 1 + anl.config.spline_order / anl.config.cells_per_unit
+    z = (2 * torch.rand(len(layers), starts, anl.config.rank, dtype=torch.float64) - 1) * edge
+    z[:, 0] = 0
+    best = value(parameters, z).amax(1)
+    for step in range(steps):
+        direction = ascent(parameters, z)
+        direction = direction / direction.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        z = z + 0.2 * 0.85**step * direction
+        best = torch.maximum(best, value(parameters, z).amax(1))
+    return best
+
+
+@pytest.mark.parametrize(
+    ("rank", "least", "options"),
+    [
+        (1, 0.9, {"spline": "per-channel", "fixed": False}),
+        (2, 0.9, {"spline": "per-channel", "fixed": False}),
+        (4, 0.9, {"spline": "per-channel", "fixed": False}),
+        (1, 0.5, {}),
+        (2, 0.5, {}),
+    ],
+)
+def test_a_search_comes_close_to_the_bound(rank, least, options):
+    layers = random_layers(100, rank, **options)
+    reached = largest_jacobians(layers)
+    tightness = reached / torch.tensor([bounds.certify(anl).jacobian for anl in layers], dtype=torch.float64)
+    print(
+        f"\nrank {rank}, {options or 'default'}: tightness median {tightness.median():.3f}, least {tightness.min():.3f}"
+    )
+    assert tightness.max() <= 1 + 1e-9
+    assert tightness.min() >= least
+
+
+# --- A model ----------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Two adapted layers: one behind an in-place activation, one called twice, once under checkpointing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x, gain=1.0):
+        hidden = self.drop(self.norm(torch.relu_(self.first(x))))
+        hidden = checkpoint(self.second, hidden, use_reentrant=False)
+        return {"deep": [self.second(hidden) * gain], "loss": None}
+
+
+def net(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    aurora.inject(model, "first|second", **options)
+    for layer in aurora.core.layers(model).values():
+        nn.init.normal_(layer.B)
+        nn.init.normal_(layer.anl.spline_weight) if layer.anl.spline_weight is not None else None
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    "options", [{}, {"spline": "per-channel", "dropout": 0.3}, {"learnable": False}, {"fixed": False, "rank": 4}]
+)
+def test_models_are_bounded(dtype, mode, options):
+    model = net(dtype, mode=mode, **options)
+    x = torch.randn(10, 6, dtype=dtype)
+    for inputs in (x, (x, 2.0), {"x": x, "gain": 1e3}):
+        bounds.assert_bounded(model, inputs)
+    bounds.assert_bounded(model.first, torch.randn(2, 5, 6, dtype=dtype))
+
+
+@pytest.mark.parametrize("quantity", [name for name in LAYER if name != "lipschitz"])
+def test_a_violation_names_layer_quantity_and_numbers(quantity, monkeypatch):
+    model, original = net(), bounds.certify
+
+    def wrong(layer, *args):
+        return scaled(original(layer, *args), quantity, 1.0 if layer is model.first else 0.0)
+
+    monkeypatch.setattr(bounds, "certify", wrong)
+    with pytest.raises(AssertionError, match=rf"^second: {LAYER[quantity]} measured [\d.e+-]+, above .* 0 \(rounding"):
+        bounds.assert_bounded(model, torch.randn(10, 6))
+
+
+def test_a_wrong_layer_is_noticed(monkeypatch):
+    model = net(fixed=False)
+    monkeypatch.setattr(type(model.second.anl), "columns", lambda self, z, scale=1.0: 100 * scale * z)
+    with pytest.raises(AssertionError, match=r"^first: .* above its certificate"):
+        bounds.assert_bounded(model, torch.randn(10, 6))
+
+
+@pytest.mark.parametrize("outcome", ["passes", "fails in the model", "exceeds"])
+def test_the_model_is_left_as_it_was(outcome, monkeypatch):
+    model = net()
+    model.norm.eval()
+    for p in aurora.parameters(model):
+        p.grad = torch.ones_like(p)
+
+    def state():
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+        tensors = [t.clone() for t in model.state_dict().values()]
+        grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        return hooks, [m.training for m in model.modules()], tensors, grads, torch.get_rng_state()
+
+    before, x = state(), torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+    if outcome == "passes":
+        bounds.assert_bounded(model, x)
+        bounds.report_bounds(model, x)
+    elif outcome == "exceeds":
+        original = bounds.certify
+        monkeypatch.setattr(bounds, "certify", lambda *args: scaled(original(*args), "output", 0.0))
+        with pytest.raises(AssertionError, match="above its certificate"):
+            bounds.assert_bounded(model, x)
+    else:
+        with pytest.raises(RuntimeError):
+            bounds.assert_bounded(model, torch.randn(10, 7, generator=torch.Generator()))
+    torch.testing.assert_close(state(), before, rtol=0, atol=0)
+
+
+def test_what_cannot_be_checked_is_an_error():
+    model, x = net(), torch.randn(10, 6)
+    with pytest.raises(ValueError, match="no AuroRA adapters"):
+        bounds.assert_bounded(nn.Linear(6, 6), x)
+    idle = nn.ModuleDict({"used": nn.Linear(6, 6), "idle": nn.Linear(6, 6)})
+    aurora.inject(idle, "idle")
+    idle.forward = lambda x: idle["used"](x).requires_grad_()
+    with pytest.raises(ValueError, match="no output depends on an adapter that ran"):
+        bounds.assert_bounded(idle, x)
+    with pytest.raises(ValueError, match="the input of first holds NaN or infinity"):
+        bounds.assert_bounded(model, x * math.nan)
+    model.second.A.data[0, 0] = math.inf
+    for check_model in (bounds.assert_bounded, bounds.report_bounds):
+        with pytest.raises(ValueError, match=r"second\.A holds NaN or infinity"):
+            check_model(model, x)
+    with pytest.raises(ValueError, match="A holds no values"):
+        bounds.certify(AuroraLinear(nn.Linear(2, 2, device="meta"), 1))
+
+
+def test_report():
+    model, x = net(), torch.randn(10, 6)
+    blind, seen = bounds.report_bounds(model), bounds.report_bounds(model, (x,))
+    assert [row.name for row in seen.rows] == ["first", "second"]
+    for before, after in zip(blind.rows, seen.rows, strict=True):
+        assert after.jacobian <= before.jacobian
+        assert before.measured is before.tightness is before.measured_output is None
+        assert 0 < after.measured <= after.jacobian
+        assert after.tightness == after.measured / after.jacobian
+        assert 0 < after.measured_output <= after.output <= before.output
+    torch.manual_seed(1)
+    start = sorted(bounds.certify(ANL(2)).jacobian for _ in range(99))
+    assert start[30] < seen.rows[0].initial < start[70]
+    lines = str(seen).splitlines()
+    assert len(lines) == 3
+    assert lines[2].split() == ["second", *(f"{v:.3g}" for v in seen.rows[1][1:])]
+    assert str(blind).splitlines()[1].split()[3] == "-"
+
+
+def test_report_is_drawn():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    report = bounds.report_bounds(net(), torch.randn(10, 6))
+    axes = report.plot()
+    assert [bar.get_width() for bar in axes.patches] == [row.jacobian for row in report.rows][::-1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["second", "first"]
+    assert report.plot(axes) is axes
+    matplotlib.pyplot.close(axes.figure)
+
+
+def test_drawing_without_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"aurora-adapters\[benchmarks\]"):
+        bounds.report_bounds(net()).plot()
