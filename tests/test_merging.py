@@ -1,0 +1,472 @@
+"""Merging: exact where it can be, never worse than the others on what it saw, all or nothing, undone bit for bit."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import aurora
+from aurora import core, merging
+from aurora.merging import Affine, Moments, fit
+
+transformers_conv = pytest.importorskip("transformers").pytorch_utils.Conv1D
+
+
+class Net(nn.Module):
+    """Two kinds of linear layer, with and without bias, and something between them."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 8, dtype=dtype)
+        self.second = nn.Linear(8, 8, bias=False, dtype=dtype)
+        self.third = transformers_conv(5, 8).to(dtype)
+        self.head = nn.Linear(5, 2, dtype=dtype)
+
+    def forward(self, x, attention_mask=None):
+        return self.head(self.third(torch.tanh(self.second(torch.tanh(self.first(x))))))
+
+
+TARGETS = "first|second|third"
+
+
+def trained(dtype=torch.float32, scale=0.4, train=r"^head\.", **options) -> Net:
+    model = Net(dtype)
+    aurora.inject(model, TARGETS, train=train, **options)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in aurora.parameters(model):
+            p.add_(scale * torch.randn(p.shape, generator=generator).to(p.dtype))
+    return model
+
+
+def batches(count=8, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 7, 6, generator=generator).to(dtype) for _ in range(count)]
+
+
+def affine_inside(rank=2) -> dict:
+    """Options and values with which sigma(z) = z on the grid, here [-20, 20]."""
+    return {"rank": rank, "spline": "per-channel", "fixed": False, "grid_range": (-20.0, 20.0)}
+
+
+def make_identity(model: nn.Module) -> None:
+    with torch.no_grad():
+        for layer in core.layers(model).values():
+            c = layer.config
+            h = 1 / c.cells_per_unit
+            places = c.grid_range[0] + h * (torch.arange(c.grid_size + c.spline_order) + (1 - c.spline_order) / 2)
+            layer.anl.spline_weight.copy_(places.expand_as(layer.anl.spline_weight))
+
+
+def state(model: nn.Module):
+    return {n: (p, p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}, dict(
+        model.named_modules(remove_duplicate=False)
+    )
+
+
+def assert_same(model: nn.Module, before) -> None:
+    tensors, modules = before
+    now = dict(model.named_parameters())
+    assert now.keys() == tensors.keys()
+    for name, (p, value, required) in tensors.items():
+        assert now[name] is p
+        assert torch.equal(p, value) or p.isnan().any()
+        assert p.requires_grad == required, name
+    found = dict(model.named_modules(remove_duplicate=False))
+    assert found.keys() == modules.keys()
+    assert all(found[n] is m for n, m in modules.items())
+
+
+# ---- exactness ----
+
+
+@pytest.mark.parametrize("method", ["linear", "calibrated"])
+def test_an_affine_sigma_is_merged_exactly(method):
+    model = trained(torch.float64, **affine_inside())
+    make_identity(model)
+    x = batches(1, torch.float64, seed=9)[0]
+    before = model(x)
+    report = merging.merge(model, method, batches(dtype=torch.float64))
+    assert all(layer.errors[method] < 1e-6 for layer in report.layers)
+    torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", merging.METHODS)
+def test_static_mode_is_merged_exactly_by_all(method):
+    model = trained(torch.float64, mode="static")
+    x = batches(1, torch.float64, seed=9)[0]
+    before = model(x)
+    report = merging.merge(model, method, batches(dtype=torch.float64))
+    torch.testing.assert_close(model(x), before)
+    assert all(layer.errors[m] == pytest.approx(0, abs=1e-7) for layer in report.layers for m in merging.METHODS)
+
+
+def test_the_static_method_is_the_papers_merge():
+    ours, papers = trained(), trained()
+    merging.merge(ours)
+    core.merge(papers)
+    for name in ("first", "second", "third"):
+        torch.testing.assert_close(getattr(ours, name).weight, getattr(papers, name).weight)
+        assert (getattr(ours, name).bias is None) == (getattr(papers, name).bias is None)
+
+
+def test_the_linear_method_is_the_first_order_expansion():
+    model = trained(torch.float64)
+    layers = {n: copy.deepcopy(layer) for n, layer in core.layers(model).items()}
+    merging.merge(model, "linear")
+    for name, layer in layers.items():
+        merged, width = getattr(model, name), layer.in_features
+        with torch.no_grad():
+            expected = layer(torch.zeros(width, dtype=torch.float64))
+        torch.testing.assert_close(merged(torch.zeros(width, dtype=torch.float64)), expected)
+        slope = torch.autograd.functional.jacobian(layer, torch.zeros(width, dtype=torch.float64))
+        weight = merged.weight.t() if name == "third" else merged.weight
+        torch.testing.assert_close(weight, slope)
+
+
+def rows_of(layer, count=400, spread=1.0):
+    x = spread * torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(5)).double() + 0.3
+    z = x @ layer.A.double().t()
+    anl = merging._wide_copy(layer.anl)
+    u = x @ anl(layer.A.double().t())
+    moments = Moments(3 * layer.config.rank)
+    for part in torch.cat([z, anl(z), u], 1).detach().split(37):
+        moments.add(part)
+    return x, z.detach(), anl(z).detach(), u.detach(), moments
+
+
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("options", [{}, {"rank": 4}, {"spline": "per-channel"}, {"learnable": False}])
+def test_the_calibrated_fit_is_least_squares_and_errors_are_what_they_say(constant, options):
+    layer = next(iter(core.layers(trained(torch.float64, **options)).values()))
+    _, z, y, u, moments = rows_of(layer)
+    found = fit(layer, "calibrated", moments, constant)
+    design = torch.cat([z, torch.ones(len(z), 1)], 1) if constant else z
+    solution = torch.linalg.lstsq(design, y).solution
+    torch.testing.assert_close(found.M, solution[: z.shape[1]].t(), rtol=1e-6, atol=1e-8)
+    B = layer.B.detach().double()
+    for method in merging.METHODS:
+        f = fit(layer, method, moments, constant)
+        wrong = (y - z @ f.M.t() - u @ f.K.t() - f.c) @ B.t()
+        expected = wrong.norm() / (y @ B.t()).norm()
+        assert f.error(moments, B) == pytest.approx(expected.item(), rel=1e-6, abs=1e-9)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    rank=st.integers(1, 4),
+    spread=st.floats(1e-3, 1e3),
+    count=st.integers(1, 60),
+    constant=st.booleans(),
+    spline=st.sampled_from(["summed", "per-channel"]),
+)
+def test_calibrated_is_never_worse_than_linear_on_what_it_saw(seed, rank, spread, count, constant, spline):
+    torch.manual_seed(seed)
+    layer = aurora.AuroraLinear(nn.Linear(5, 4), rank=rank, spline=spline)
+    for p in layer.adapter_parameters().values():
+        nn.init.normal_(p)
+    *_, moments = rows_of(layer, count, spread)
+    B = layer.B.detach().double()
+    errors = {m: fit(layer, m, moments, constant).error(moments, B) for m in merging.METHODS}
+    assert errors["calibrated"] <= errors["linear"] + 1e-7
+    if constant:
+        assert errors["calibrated"] <= 1 + 1e-7  # the mean alone does as well
+
+
+def test_degenerate_data_are_no_danger():
+    """One row, or rows on a line: what the data do not show keeps the first-order slope."""
+    layer = next(iter(core.layers(trained(torch.float64)).values()))
+    anl = merging._wide_copy(layer.anl)
+    at = torch.tensor([0.2, -0.4], dtype=torch.float64)
+    slope = torch.autograd.functional.jacobian(anl, at)
+    one = Moments(6)
+    one.add(torch.cat([at, anl(at).detach(), at])[None])
+    found = fit(layer, "calibrated", one)
+    torch.testing.assert_close(found.M, slope)
+    torch.testing.assert_close(found.M @ at + found.c, anl(at))
+    line = Moments(6)
+    z = at + torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None] * torch.tensor([1.0, 2.0], dtype=torch.float64)
+    line.add(torch.cat([z, anl(z).detach(), z], 1))
+    found = fit(layer, "calibrated", line)
+    across = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close(found.M @ across, slope @ across, rtol=1e-6, atol=1e-8)
+    assert found.M.abs().max() < 100
+
+
+# ---- moments ----
+
+
+def test_moments_do_not_lose_digits_to_an_offset():
+    rows = torch.randn(1000, 3, dtype=torch.float64) + 1e7
+    moments = Moments(3)
+    for part in rows.split(33):
+        moments.add(part)
+    torch.testing.assert_close(moments.second(True), torch.cov(rows.t(), correction=0), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(moments.mean, rows.mean(0))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 64])
+def test_calibration_memory_does_not_depend_on_the_width(rank):
+    """At d = 4096 as anywhere: well under the 2 MB a layer, up to rank 64."""
+    moments = Moments(3 * rank)
+    assert sum(t.nbytes for t in (moments.mean, moments.scatter)) == 8 * (3 * rank + 9 * rank**2) < 2e6
+
+
+def test_padding_does_not_count():
+    model = trained(torch.float64)
+    whole = batches(2, torch.float64)
+    mask = torch.ones(4, 7, dtype=torch.long)
+    mask[1, 3:] = 0
+    dirty = whole[0].clone()
+    dirty[1, 3:] = 1e3
+    clean = merging.collect(model, [{"x": whole[0], "attention_mask": mask}, {"x": whole[1]}])
+    padded = merging.collect(model, [{"x": dirty, "attention_mask": mask}, {"x": whole[1]}])
+    assert clean["first"].count == 2 * 28 - 4
+    for name in clean:
+        torch.testing.assert_close(clean[name].scatter, padded[name].scatter)
+
+
+def test_collecting_leaves_the_model_alone():
+    model = trained(dropout=0.3).train()
+    model.head.eval()
+    before, hooks = state(model), [len(m._forward_pre_hooks) for m in model.modules()]
+    for given_batches in (batches(2), [(b,) for b in batches(2)], [{"x": b} for b in batches(2)]):
+        found = merging.collect(model, given_batches)
+        assert found["first"].count == 56
+    assert model.training
+    assert not model.head.training
+    assert hooks == [len(m._forward_pre_hooks) for m in model.modules()]
+    assert_same(model, before)
+    with pytest.raises(RuntimeError):
+        merging.collect(model, [torch.randn(3, 5)])
+    assert model.training
+    assert hooks == [len(m._forward_pre_hooks) for m in model.modules()]
+
+
+# ---- merging a model ----
+
+
+@pytest.mark.parametrize("method", merging.METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merge_and_unmerge(method, dtype):
+    model = trained(dtype)
+    before, x = state(model), batches(1, dtype, seed=4)[0]
+    dynamic = model(x)
+    report = merging.merge(model, method, batches(dtype=dtype))
+    assert report.merged == ["first", "second", "third"]
+    assert type(model.first) is type(model.second) is nn.Linear
+    assert not any(isinstance(m, aurora.AuroraLinear) for m in model.modules())
+    assert model.first.weight.dtype == dtype
+    assert model.first.weight.requires_grad  # as before inject
+    assert not torch.equal(model(x), dynamic)
+    gained = {"second.bias"} if method != "static" else set()
+    assert set(model.state_dict()) == set(Net(dtype).state_dict()) | gained
+    with pytest.raises(ValueError, match="never injected, or merged"):
+        merging.merge(model, method, batches(dtype=dtype))
+    report.unmerge()
+    assert_same(model, before)
+    assert torch.equal(model(x), dynamic)
+    assert set(aurora.adapter_state_dict(model)) > {"first.A", "head.weight"}
+    with pytest.raises(ValueError, match="undone already"):
+        report.unmerge()
+    aurora.remove(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_calibrated_keeps_more_than_the_others():
+    model, x = trained(), torch.cat(batches(4, seed=7))
+    dynamic = model(x).detach()
+    off = {}
+    for method in merging.METHODS:
+        merged = copy.deepcopy(model)
+        report = merging.merge(merged, method, batches(16))
+        off[method] = (merged(x) - dynamic).norm().item()
+        means = {m: sum(layer.errors[m] for layer in report.layers) for m in merging.METHODS}
+    assert off["calibrated"] < off["linear"]
+    assert off["calibrated"] < 0.5 * off["static"]
+    assert means["calibrated"] < means["linear"] < means["static"]
+
+
+def test_bias_false_forbids_a_new_bias_and_keeps_old_ones_in_use():
+    model = trained()
+    report = merging.merge(model, "calibrated", batches(), bias=False)
+    assert model.second.bias is None
+    assert not any(layer.bias for layer in report.layers)
+    assert not torch.equal(model.first.bias, Net().first.bias)
+    gains = trained()
+    report = merging.merge(gains, "calibrated", batches())
+    assert [layer.bias for layer in report.layers] == [False, True, False]
+    assert "second" in str(report)
+    assert "+ bias" in str(report)
+
+
+def test_tolerance_keeps_the_worst_dynamic():
+    model, x = trained(), batches(1, seed=4)[0]
+    probe = merging.merge(copy.deepcopy(model), "calibrated", batches())
+    errors = {layer.name: layer.errors["calibrated"] for layer in probe.layers}
+    worst = max(errors, key=errors.get)
+    limit = sorted(errors.values())[1]
+    before = state(model)
+    dynamic = model(x)
+    report = merging.merge(model, "calibrated", batches(), tolerance=limit)
+    assert report.dynamic == [worst]
+    assert isinstance(getattr(model, worst), aurora.AuroraLinear)
+    assert list(core.layers(model)) == [worst]
+    assert any(p.requires_grad for p in aurora.parameters(model))
+    report.unmerge()
+    assert_same(model, before)
+    assert torch.equal(model(x), dynamic)
+    assert merging.merge(model, "calibrated", batches(), tolerance=0.0).dynamic == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype):
+    model = trained(dtype)
+    wide = copy.deepcopy(model).double()
+    report = merging.merge(model, "linear")
+    merging.merge(wide, "linear")
+    eps = torch.finfo(dtype).eps
+    for layer in report.layers:
+        exact, stored = getattr(wide, layer.name).weight, getattr(model, layer.name).weight
+        assert ((stored.double() - exact).abs() <= 0.51 * eps * exact.abs() + 1e-7).all()
+        assert 0 < layer.rounding < 0.1
+    assert all(layer.rounding < 1e-6 for layer in merging.merge(trained(torch.float32), "linear").layers)
+
+
+BAD = {
+    "method": (("affine",), {}, "method must be one of static, linear, calibrated"),
+    "no batches": (("calibrated",), {}, '"calibrated" needs batches'),
+    "empty batches": (("calibrated", []), {}, "never ran on the batches"),
+    "tolerance alone": (("linear",), {"tolerance": 0.1}, "needs batches"),
+    "tolerance": (("linear", batches(2)), {"tolerance": -1.0}, "at least 0 .* got -1.0"),
+    "nan batches": (("calibrated", [torch.full((2, 6), math.nan)]), {}, "first saw NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_leave_the_model_as_it_was(case):
+    arguments, options, match = BAD[case]
+    model = trained()
+    before = state(model)
+    with pytest.raises(ValueError, match=match):
+        merging.merge(model, *arguments, **options)
+    assert_same(model, before)
+
+
+def test_nothing_is_merged_if_one_layer_would_overflow():
+    model = trained(torch.float16)
+    with torch.no_grad():
+        model.third.B.fill_(1e6)
+    before = state(model)
+    with pytest.raises(ValueError, match="NaN or infinity into third"):
+        merging.merge(model, "linear")
+    assert_same(model, before)
+
+
+def test_quantised_and_tied_weights_are_refused():
+    class Quantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features = self.out_features = 6
+            self.weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.weight.to(x.dtype)
+
+    model = nn.Sequential(Quantised())
+    aurora.inject(model, "0")
+    with pytest.raises(ValueError, match=r"quantised.*merge into a plain copy"):
+        merging.merge(model, "calibrated", batches(2))
+    tied = trained()
+    tied.head.weight = tied.first.base.weight
+    with pytest.raises(ValueError, match=r"first\.weight is tied"):
+        merging.merge(tied, "linear")
+
+
+def test_one_layer_under_two_names_is_merged_once():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Identity())
+    model[2] = model[0]
+    aurora.inject(model, "0")
+    nn.init.normal_(model[0].B)
+    x = torch.randn(5, 6)
+    dynamic = model(x)
+    report = merging.merge(model, "calibrated", [torch.randn(50, 6)])
+    assert model[0] is model[2]
+    assert len(report.layers) == 1
+    report.unmerge()
+    assert model[0] is model[2]
+    assert torch.equal(model(x), dynamic)
+
+
+def test_a_changed_model_is_not_unmerged():
+    model = trained()
+    report = merging.merge(model)
+    model.first.weight = nn.Parameter(model.first.weight.detach().clone())
+    before = state(model)
+    with pytest.raises(ValueError, match="first is no longer as the merge left it"):
+        report.unmerge()
+    assert_same(model, before)
+
+
+def test_a_merged_model_holds_nothing_of_ours():
+    model = trained()
+    merging.merge(model, "calibrated", batches(2))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(copied(batches(1)[0]), model(batches(1)[0]))
+    assert not any(key.startswith("_aurora") for m in model.modules() for key in m.__dict__)
+
+
+# ---- the report, and training for the merge ----
+
+
+def test_the_report_prints_and_draws(tmp_path):
+    report = merging.merge(trained(), "calibrated", batches())
+    text = str(report)
+    assert "3 of 3 layers merged" in text
+    assert text.count("%") == 9
+    report.draw(tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    bare = merging.merge(trained())
+    assert "-" in str(bare)
+    with pytest.raises(ValueError, match="merge with batches"):
+        bare.draw(tmp_path / "none.png")
+
+
+def test_the_gap_is_the_squared_error_of_the_best_fit():
+    model = trained(torch.float64)
+    x = batches(1, torch.float64)[0]
+    with merging.watch_linearity(model) as gap:
+        with pytest.raises(ValueError, match="no adapted layer has run"):
+            gap()
+        model(x)
+        value = gap()
+    report = merging.merge(copy.deepcopy(model), "calibrated", [x])
+    expected = sum(layer.errors["calibrated"] ** 2 for layer in report.layers) / 3
+    assert value.item() == pytest.approx(expected, rel=1e-3)
+    assert not any(layer._forward_pre_hooks for layer in core.layers(model).values())
+
+
+def test_training_against_the_gap_closes_it():
+    model, x = trained(), torch.cat(batches(4))
+    optimizer = torch.optim.Adam([p for n, p in core.trained_parameters(model).items() if ".anl." in n], lr=0.02)
+    values = []
+    with merging.watch_linearity(model) as gap:
+        for _ in range(60):
+            model(x)
+            optimizer.zero_grad()
+            gap().backward()
+            optimizer.step()
+            values.append(gap().item())
+    assert values[-1] < 0.3 * values[0]
+
+
+def test_affine_is_a_record():
+    one = torch.eye(2, dtype=torch.float64)
+    assert Affine(one, 0 * one, torch.zeros(2, dtype=torch.float64)).error(Moments(6), one) == 0.0
