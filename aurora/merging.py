@@ -362,7 +362,7 @@ def _moments(
 
 
 def merged_tensors(name: str, layer: core.AuroraLinear, fitted: Affine) -> tuple[Tensor, Tensor | None, float]:
-    """(weight, bias or None to leave it, rounding loss) of a layer with an affine map folded in. ValueError if not finite."""
+    """(weight, bias or None to leave it, rounding loss) with an affine map folded in. ValueError if not finite."""
     A, B = (p.detach().double() for p in (layer.A, layer.B))
     M, K, c = (t.to(A.device) for t in (fitted.M, fitted.K, fitted.c))
     static = layer.anl(A.t()).t() if K.any() else torch.zeros_like(A)

@@ -193,7 +193,8 @@ class Contender:
     """One way to fine-tune: `prepare` puts adapters into a fresh Reader and freezes all but them and the head.
 
     `merge` folds the adapters into plain layers, None if there are none. `save` and `load` work on what was trained;
-    `load` gets a fresh Reader that `prepare` has not seen.
+    `load` gets a fresh Reader that `prepare` has not seen. `calibrate` merges with the help of batches, None if
+    `merge` loses nothing.
     """
 
     name: str
@@ -202,6 +203,7 @@ class Contender:
     merge: Callable[[nn.Module], object] | None
     save: Callable[[nn.Module, Path], object]
     load: Callable[[nn.Module, Path], object]
+    calibrate: Callable[[nn.Module, list[dict[str, Tensor]]], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,11 @@ class Texts:
         slices = [order[i : i + size] for i in range(0, len(order), size)]
         turns = range(len(slices)) if generator is None else torch.randperm(len(slices), generator=generator).tolist()
         return [self.batch(slices[i]) for i in turns]
+
+    def inputs(self, count: int, size: int = 32) -> list[dict[str, Tensor]]:
+        """A sample without its ratings, as batches of keyword arguments of a Reader."""
+        batches = self.sample(count).batches(size)
+        return [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in batches]
 
     def sample(self, count: int) -> Texts:
         """At most `count` texts at equal distances, as the classes may come one after the other."""

@@ -8,6 +8,7 @@ static merge, seconds per step, and the size of the file. Works on your own mode
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import math
 import re
@@ -53,6 +54,7 @@ def contenders(targets: str, rank: int, lr: float | None = None) -> list[Contend
             aurora.merge,
             aurora.save,
             aurora.load,
+            lambda model, batches: aurora.merge(model, "calibrated", batches),
         ),
     ]
 
@@ -90,6 +92,7 @@ class Result:
     trained: Scores
     reloaded: Scores
     merged: Scores | None
+    calibrated: Scores | None
     size: int
     history: History
 
@@ -111,7 +114,7 @@ def build_task(model: str | None, source: str, development: bool = False) -> Tas
 
 
 def run(task: Task, contender: Contender, seed: int, steps: int) -> Result:
-    """Train, judge, save, load into a fresh model and judge again, merge and judge again."""
+    """Train, judge, save, load into a fresh model and judge again, merge in either way and judge again."""
     model = task.prepared(contender, seed)
     adapter, head = count(model)
     glance = task.judge.sample(512)
@@ -125,11 +128,15 @@ def run(task: Task, contender: Contender, seed: int, steps: int) -> Result:
         size = path.stat().st_size
         model = task.reader(seed + 1)  # another seed: nothing that should come from the file comes by chance
         contender.load(model, path)
-    reloaded, merged = common.evaluate(model, task.judge), None
+    reloaded, merged, calibrated = common.evaluate(model, task.judge), None, None
+    if contender.calibrate is not None:
+        plain = copy.deepcopy(model)
+        contender.calibrate(plain, task.learn.inputs(256))
+        calibrated = common.evaluate(plain, task.judge)
     if contender.merge is not None:
         contender.merge(model)
         merged = common.evaluate(model, task.judge)
-    return Result(adapter, head, trained, reloaded, merged, size, history)
+    return Result(adapter, head, trained, reloaded, merged, calibrated, size, history)
 
 
 def count(model: nn.Module) -> tuple[int, int]:
@@ -188,13 +195,23 @@ def table(results: dict[str, list[Result]], seconds: dict[str, list[float]]) -> 
             spread([r.trained.pearson for r in runs]),
             both([r.reloaded for r in runs]),
             both([r.merged for r in runs]),
+            both([r.calibrated for r in runs]),
             f"{statistics.median(seconds[name]):.3f}",
             f"{common.median_ratio(seconds, name, against):.2f}",
             f"{runs[0].size / 1000:.1f} kB",
         ]
         for name, runs in results.items()
     ]
-    header = ["contender", "adapter", "head", "accuracy", "Pearson", "after reloading", "after static merge"]
+    header = [
+        "contender",
+        "adapter",
+        "head",
+        "accuracy",
+        "Pearson",
+        "after reloading",
+        "static merge",
+        "calibrated merge",
+    ]
     return common.markdown_table([*header, "s/step", f"x {against}", "file"], rows)
 
 
@@ -238,7 +255,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--lr", type=float, help="one learning rate for all, in place of those chosen for the default task")
     add("--seeds", type=int, nargs="+", default=[0], help="one run each; the table has mean and deviation (default: 0)")
-    add("--max-steps", type=int, help="steps of 32 texts (default: one pass over the training side)")
+    add(
+        "--max-steps",
+        type=int,
+        help="steps of 32 texts (default: 200, or one pass over the training side if that is less)",
+    )
     add("--out", type=Path, default=Path("docs/results"), help="folder for finetune.md and .png (default: %(default)s)")
     add(
         "--sweep", action="store_true", help="only print development scores over learning rates, from the training side"
@@ -256,7 +277,7 @@ def main(argv: Sequence[str]) -> None:
     common.use_all_cores()
     task = build_task(options.model, options.data, development=options.sweep)
     field = contenders(options.targets, options.rank, options.lr)
-    steps = options.max_steps or math.ceil(len(task.learn.tokens) / 32)
+    steps = options.max_steps or min(200, math.ceil(len(task.learn.tokens) / 32))
     if options.sweep:
         print(sweep(task, field, SWEEP, steps))
         return
@@ -283,9 +304,10 @@ def explain(options: argparse.Namespace, task: Task, steps: int, shown: str) -> 
     )
     reading = (
         "Adapter and head: trainable parameters. Accuracy: sign of the rating. Pearson: predicted and true rating. "
-        "After reloading: both for a fresh model with the saved file, equal to the digit or the command fails. After "
-        "static merge: both once the adapter is folded into the weights, which for LoRA keeps the trained function and "
-        "for AuroRA replaces it by another. s/step: median training step on one batch, contenders interleaved; beside "
+        "After reloading: both for a fresh model with the saved file, equal to the digit or the command fails. "
+        "Static merge: both once the adapter is folded into the weights, which for LoRA keeps the trained function and "
+        "for AuroRA replaces it by another. Calibrated merge: both once the nearest affine map is folded in, by 256 "
+        "training texts. s/step: median training step on one batch, contenders interleaved; beside "
         "it the median ratio to the smaller LoRA. File: adapter and head. One standard error of an accuracy near 0.8 "
         f"on {judged:,} texts is {math.sqrt(0.16 / judged):.4f}: smaller differences say little."
     )

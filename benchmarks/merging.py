@@ -131,8 +131,7 @@ def encoder_run(corpus: str, rank: int, seed: int, texts: int, steps: int, penal
     else:
         common.train(model, training, steps=steps, lr=5e-3, seed=seed, label=f"{corpus}, rank {rank}, seed {seed}")
     epoch = (time.perf_counter() - start) * math.ceil(len(training.tokens) / 32) / steps
-    sample = training.sample(CALIBRATION).batches(32)
-    batches = [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in sample]
+    batches = training.inputs(CALIBRATION)
 
     def judge(model: nn.Module) -> Tensor:
         parts = []

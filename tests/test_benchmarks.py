@@ -231,7 +231,10 @@ def test_every_contender_learns_and_reloads_to_the_digit(folder: Path, table: Pa
     for name in ("LoRA r=2", "LoRA r=8"):
         assert results[name].merged == pytest.approx(results[name].trained, abs=1e-4)
     assert results["head only"].merged is None
-    assert results["AuroRA r=2"].merged is not None
+    aurora_ = results["AuroRA r=2"]
+    assert aurora_.merged is not None
+    assert aurora_.calibrated == pytest.approx(aurora_.trained, abs=0.2)
+    assert [r.calibrated for r in results.values()][:3] == [None] * 3
 
 
 def test_a_seed_fixes_a_run(folder: Path, table: Path) -> None:

@@ -244,7 +244,7 @@ def test_a_quantised_base_trains_and_is_not_merged():
     assert model[0].A.grad.abs().sum() > 0
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"0\.weight is quantised.*plain copy"):
-        aurora.merge(model)
+        core.merge(model)
     assert_unchanged(model, before)
 
 
@@ -400,7 +400,7 @@ def test_one_layer_under_several_names_gets_one_adapter(regex):
     disturb(model, 0.1)
     assert not torch.allclose(model(x), expected)
     assert list(aurora.adapter_state_dict(model)) == ["first.A", "first.B", "first.anl.H", "first.anl.spline_weight"]
-    aurora.merge(model)
+    core.merge(model)
     assert model.first is model.second is model.nested["third"][0]
     assert type(model.first) is nn.Linear
 
@@ -557,7 +557,7 @@ def test_merge_is_the_papers(name):
         expected.append(layer.weight + layer.scaling * layer.B @ torch.stack(columns, 1))
     x = torch.randn(6, 5, dtype=torch.float64)
     before = model(x)
-    assert aurora.merge(model) == ["0", "2"]
+    assert core.merge(model) == ["0", "2"]
     for layer, weight in zip((model[0], model[2]), expected, strict=True):
         assert type(layer) is nn.Linear
         torch.testing.assert_close(layer.weight, weight, rtol=1e-13, atol=1e-13)
@@ -565,7 +565,7 @@ def test_merge_is_the_papers(name):
     same = torch.allclose(model(x), before, rtol=1e-11, atol=1e-11)
     assert same == (OPTIONS[name].get("mode") == "static")
     with pytest.raises(ValueError, match="never injected, or merged, or removed"):
-        aurora.merge(model)
+        core.merge(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -575,7 +575,7 @@ def test_merge_rounds_once(dtype):
     disturb(model)
     layer = model[0]
     exact = layer.weight.float() + layer.scaling * layer.B @ layer.anl(layer.A.t()).t()
-    aurora.merge(model)
+    core.merge(model)
     assert model[0].weight.dtype == dtype
     torch.testing.assert_close(model[0].weight, exact.to(dtype), rtol=torch.finfo(torch.float32).eps * 8, atol=1e-6)
 
@@ -596,21 +596,21 @@ def test_merge_refuses_what_would_harm():
     disturb(model)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"head\.weight is tied to another module"):
-        aurora.merge(model)
+        core.merge(model)
     assert_unchanged(model, before)
     model.head.base.weight = nn.Parameter(model.head.base.weight.detach().clone())
     with torch.no_grad():
         model.inner.A[0, 0] = float("nan")
     before_b = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"NaN or infinity into inner\.weight"):
-        aurora.merge(model)
+        core.merge(model)
     assert all(torch.equal(p, before_b[n]) or p.isnan().any() for n, p in model.named_parameters())
     half = nn.Sequential(nn.Linear(4, 4)).half()
     aurora.inject(half, "0")
     with torch.no_grad():
         half[0].B.fill_(1e6)
     with pytest.raises(ValueError, match="NaN or infinity"):
-        aurora.merge(half)
+        core.merge(half)
 
 
 def test_state_dicts():
