@@ -208,8 +208,8 @@ def main(argv: Sequence[str]) -> None:
     reading = (
         "Trainable parameters of the adapters, without task heads. The paper compares AuroRA at rank 2 with LoRA at "
         "the rank named, and rounds (589,824 is nearer to 590K than to its 581K); it gives no count for SDXL, where "
-        "LoRA at rank 16 is our choice. An AuroRA layer has r (d_in + d_out) + r² + r (G + k) parameters, of which the "
-        "nonlinear layer is the last two terms: 20 at rank 2. MoSLoRA has r (d_in + d_out) + r², LoRA "
+        "LoRA at rank 16 is our choice. An AuroRA layer has r (d_in + d_out) + r² + r (G + k) parameters, of which "
+        "the nonlinear layer is the last two terms: 20 at rank 2. MoSLoRA has r (d_in + d_out) + r², LoRA "
         "r (d_in + d_out)."
     )
     tables = [against_paper(counts), by_rank(counts)]
