@@ -46,11 +46,11 @@ class Moments:
         """Rows (N, m). Means are updated before squares are taken, so that large offsets cost no digits."""
         if not len(rows):
             return
-        rows = rows.double()
+        rows = rows.cpu().double()
         mean = rows.mean(0)
         centred = rows - mean
-        total, shift = self.count + len(rows), (mean.cpu() - self.mean)
-        self.scatter += (centred.t() @ centred).cpu() + torch.outer(shift, shift) * (self.count * len(rows) / total)
+        total, shift = self.count + len(rows), mean - self.mean
+        self.scatter += centred.t() @ centred + torch.outer(shift, shift) * (self.count * len(rows) / total)
         self.mean += shift * (len(rows) / total)
         self.count = total
 
@@ -88,27 +88,29 @@ def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x))
 
 
-def _slope(anl: core.ANL, at: Tensor) -> tuple[Tensor, Tensor]:
+def _expand(anl: core.ANL, at: Tensor) -> tuple[Tensor, Tensor]:
     """sigma (r,) and its Jacobian (r, r) at a point (r,), float64 on the CPU."""
-    jacobian: Tensor = torch.func.jacrev(anl)(at)
-    return anl(at).detach(), jacobian.detach()
+    point = at.to(next(anl.parameters()).device)
+    with torch.enable_grad():
+        jacobian: Tensor = torch.func.jacrev(anl)(point)
+    return anl(point).detach().cpu(), jacobian.detach().cpu()
 
 
 def fit(layer: core.AuroraLinear, method: str, moments: Moments | None, constant: bool = True) -> Affine:
     """The affine stand-in for a layer's sigma by a method; without `constant`, c = 0.
 
     "calibrated" is least squares. Directions of z that the data do not show, up to rounding, keep the first-order slope
-    at the data's mean, so that few or degenerate data are no danger. Raises ValueError for an unknown method, or
-    "calibrated" without moments.
+    at the data's mean, so that few or degenerate data are no danger. Should the static map, which is no function of z,
+    be nearer on the data, it is that. Raises ValueError for an unknown method, or "calibrated" without moments.
     """
     r = layer.config.rank
     zero, one = torch.zeros(r, r, dtype=torch.float64), torch.eye(r, dtype=torch.float64)
     none = torch.zeros(r, dtype=torch.float64)
+    static = Affine(zero, one, none)
     if method == "static" or layer.config.mode == "static":
-        return Affine(zero, one, none)
+        return static
     at = none if moments is None else moments.mean[:r]
-    with torch.enable_grad():
-        value, slope = _slope(_wide_copy(layer.anl), at)
+    value, slope = _expand(layer.anl, at)
     if method == "linear":
         return Affine(slope, zero, value - slope @ at if constant else none)
     if method != "calibrated" or moments is None:
@@ -118,13 +120,8 @@ def fit(layer: core.AuroraLinear, method: str, moments: Moments | None, constant
     scale = second[:r, :r].diagonal().amax().clamp(min=torch.finfo(torch.float64).tiny)
     inverse = torch.linalg.pinv(second[:r, :r] / scale, rtol=1e-10, hermitian=True) / scale
     M = slope + (second[r : 2 * r, :r] - slope @ second[:r, :r]) @ inverse
-    return Affine(M, zero, moments.mean[r : 2 * r] - M @ moments.mean[:r] if constant else none)
-
-
-def _wide_copy(anl: core.ANL) -> core.ANL:
-    copied = core.ANL(anl.config, dtype=torch.float64)
-    copied.load_state_dict(anl.state_dict())
-    return copied
+    fitted = Affine(M, zero, moments.mean[r : 2 * r] - M @ moments.mean[:r] if constant else none)
+    return min(fitted, static, key=lambda affine: affine.error(moments, layer.B.detach().cpu().double()))
 
 
 # --- Running the model over batches ----------------------------------------------------------------------------------
@@ -142,21 +139,22 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Moments]:
     mask: Tensor | None = None
 
     def watch(layer: core.AuroraLinear, name: str) -> Callable[..., None]:
-        static = layer.anl(layer.A.t()).t()  # (r, in_features)
+        size = max(1, 4096 // layer.config.rank)  # rows at a time: what is held for a moment stays below a megabyte
+        static = torch.cat([layer.anl(part) for part in torch.split(layer.A.t(), size)]).t()  # (r, in_features)
 
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            rows = x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x
-            rows = rows.reshape(-1, layer.in_features)
-            z = nn.functional.linear(rows, layer.A.to(rows.dtype))
-            u = nn.functional.linear(rows, static.to(rows.dtype))
-            found[name].add(torch.cat([z, u if layer.config.mode == "static" else layer.anl(z), u], 1))
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = inputs[0] if inputs else named["x"]
+            kept = mask.bool().flatten() if mask is not None and x.shape[:-1] == mask.shape else None
+            for i, part in enumerate(torch.split(x.reshape(-1, layer.in_features), size)):
+                z, u = (nn.functional.linear(part, matrix.to(part.dtype)) for matrix in (layer.A, static))
+                rows = torch.cat([z, u if layer.config.mode == "static" else layer.anl(z), u], 1)
+                found[name].add(rows if kept is None else rows[kept[i * size : (i + 1) * size]])
 
         return hook
 
     with torch.no_grad(), _evaluating(model), contextlib.ExitStack() as undo:
         for name, layer in layers.items():
-            undo.callback(layer.register_forward_pre_hook(watch(layer, name)).remove)
+            undo.callback(layer.register_forward_pre_hook(watch(layer, name), with_kwargs=True).remove)
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             mask = mask if mask is not None and mask.dim() == 2 else None
@@ -262,7 +260,7 @@ class _Undo:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, core.AuroraLinear]) -> None:
         self.model, self.layers = model, dict(layers)
-        self.tensors = {name: (layer.base.weight, layer.base.bias) for name, layer in layers.items()}
+        self.tensors = {name: (layer.base.weight, _bias(layer.base)) for name, layer in layers.items()}
         self.requires_grad = {p: p.requires_grad for p in model.parameters()}
         kept = ("_aurora_train", "_aurora_requires_grad")
         self.marks = [(m, {k: m.__dict__[k] for k in kept if k in m.__dict__}) for m in model.modules()]
@@ -272,12 +270,15 @@ class _Undo:
         present = set(self.model.modules())
         for name, written in self.written.items():
             base: Any = self.layers[name].base
-            if base not in present or base.weight is not written[0] or base.bias is not written[1]:
+            if base not in present or base.weight is not written[0] or _bias(base) is not written[1]:
                 raise ValueError(f"{name} is no longer as the merge left it, so the merge cannot be undone")
         if not self.written:
             raise ValueError("the merge is undone already, or merged nothing")
         for name in self.written:
-            self.layers[name].base.weight, self.layers[name].base.bias = self.tensors[name]
+            base, (weight, bias) = self.layers[name].base, self.tensors[name]
+            base.weight = weight
+            if "bias" in base._parameters:
+                base.bias = bias
         core.swap(self.model, {self.layers[name].base: self.layers[name] for name in self.written})
         for p, required in self.requires_grad.items():
             p.requires_grad_(required)
@@ -320,7 +321,8 @@ def merge(
     chosen: dict[str, tuple[Tensor, Tensor | None]] = {}
     rows = []
     for name, layer in layers.items():
-        constant = bias or layer.base.bias is not None
+        # A layer whose class knows no bias would not apply one.
+        constant = _bias(layer.base) is not None or (bias and "bias" in layer.base._parameters)
         fits = {m: fit(layer, m, seen.get(name), constant) for m in METHODS if m != "calibrated" or name in seen}
         B = layer.B.detach().cpu().double()
         errors = {m: f.error(judged[name], B) for m, f in fits.items()} if name in judged else {}
@@ -328,20 +330,23 @@ def merge(
             rows.append(MergedLayer(name, errors, None, False, 0.0))
             continue
         weight, offset, rounding = merged_tensors(name, layer, fits[method])
-        gains = layer.base.bias is None and offset is not None
+        gains = _bias(layer.base) is None and offset is not None
         chosen[name] = (weight, offset)
         rows.append(MergedLayer(name, errors, method, gains, rounding))
 
     undo = _Undo(model, layers)  # nothing above has touched the model, and nothing below can fail
     for name, (weight, offset) in chosen.items():
         base: Any = layers[name].base
-        old = base.bias
         base.weight = nn.Parameter(weight, base.weight.requires_grad)
         if offset is not None:
-            base.bias = nn.Parameter(offset, base.weight.requires_grad if old is None else old.requires_grad)
-        undo.written[name] = (base.weight, base.bias)
+            base.bias = nn.Parameter(offset, base.weight.requires_grad)
+        undo.written[name] = (base.weight, _bias(base))
     if chosen:
         core.remove(model, [layers[name] for name in chosen])
+    for row in rows:
+        if row.bias:  # it was not there when `inject` noted what required a gradient
+            base = layers[row.name].base
+            base.bias.requires_grad_(base.weight.requires_grad)
     return MergeReport(rows, undo)
 
 
@@ -361,6 +366,10 @@ def _moments(
     return collect(model, fitted), collect(model, itertools.islice(given, 1, None, 4))
 
 
+def _bias(base: nn.Module) -> nn.Parameter | None:
+    return base._parameters.get("bias")
+
+
 def merged_tensors(name: str, layer: core.AuroraLinear, fitted: Affine) -> tuple[Tensor, Tensor | None, float]:
     """(weight, bias or None to leave it, rounding loss) with an affine map folded in. ValueError if not finite."""
     A, B = (p.detach().double() for p in (layer.A, layer.B))
@@ -370,7 +379,7 @@ def merged_tensors(name: str, layer: core.AuroraLinear, fitted: Affine) -> tuple
     weight = layer.merged_weight(update)
     stored = update.t() if type(layer.base).__name__ == "Conv1D" else update
     rounding = _norm(weight.double() - layer.weight.double() - stored) / (_norm(update) or 1.0)
-    offset, old, bias = layer.scaling * B @ c, layer.bias, None
+    offset, old, bias = layer.scaling * B @ c, _bias(layer.base), None
     if offset.any():
         total = offset if old is None else old.double() + offset
         bias = total.to(layer.weight.dtype if old is None else old.dtype)
@@ -384,24 +393,24 @@ def merged_tensors(name: str, layer: core.AuroraLinear, fitted: Affine) -> tuple
 
 @contextlib.contextmanager
 def watch_linearity(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
-    """Inside the block, `gap()` is the mean over layers of the squared relative error of the best affine fit.
+    """Inside the block, `gap()` is the mean over layers of the squared relative error of sigma's best affine fit.
 
-    Add a multiple of it to the loss to train adapters that merge well; it is differentiable, and taken over the rows of
-    the latest forward of each layer. Off unless used. Raises ValueError in `gap()` if no layer has run.
+    It is taken before B, which at the start is 0 and has no part in which fit is best, over the rows of the latest
+    forward of each layer. Add a multiple of it to the loss to train adapters that merge well. Off unless used. Raises
+    ValueError in `gap()` if no layer has run.
     """
     latest: dict[str, Tensor] = {}
 
     def watch(name: str, layer: core.AuroraLinear) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, layer.in_features)
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = (inputs[0] if inputs else named["x"]).reshape(-1, layer.in_features)
             z = nn.functional.linear(x, layer.A.to(x.dtype)).float()
             y = layer.anl(z)
-            whole = (y @ layer.B.float().t() @ layer.B.float() * y).sum()  # |B y|^2, without the wide product
+            whole = y.square().sum()
             z, y = z - z.mean(0), y - y.mean(0)
             ridge = 1e-6 * z.square().sum() * torch.eye(z.shape[1], device=z.device)
             left = y - z @ torch.linalg.solve(z.t() @ z + ridge, z.t() @ y)
-            wrong = (left @ layer.B.float().t() @ layer.B.float() * left).sum()
-            latest[name] = wrong / whole.clamp(min=torch.finfo(torch.float32).tiny)
+            latest[name] = left.square().sum() / whole.clamp(min=torch.finfo(torch.float32).tiny)
 
         return hook
 
@@ -412,5 +421,5 @@ def watch_linearity(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
 
     with contextlib.ExitStack() as undo:
         for name, layer in core.layers(model).items():
-            undo.callback(layer.register_forward_pre_hook(watch(name, layer)).remove)
+            undo.callback(layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True).remove)
         yield gap
