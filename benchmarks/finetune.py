@@ -117,7 +117,7 @@ def run(task: Task, contender: Contender, seed: int, steps: int) -> Result:
     """Train, judge, save, load into a fresh model and judge again, merge in either way and judge again."""
     model = task.prepared(contender, seed)
     adapter, head = count(model)
-    glance = task.judge.sample(256)
+    glance = task.judge.sample(512)
     watch = functools.partial(common.evaluate, model, glance)
     label = f"{contender.name}, seed {seed}"
     history = common.train(model, task.learn, steps=steps, lr=contender.lr, seed=seed, watch=watch, label=label)
@@ -226,7 +226,7 @@ def draw(path: Path, results: dict[str, list[Result]], window: int = 20) -> None
                 left.plot(range(1, len(smooth) + 1), smooth, color=f"C{i}", label=label)
                 right.plot(*zip(*((step, s.accuracy) for step, s in run_.history.scores), strict=True), f"C{i}o-")
         left.set(xlabel="step", ylabel=f"training loss, mean of {window} steps")
-        right.set(xlabel="step", ylabel="held-out accuracy (a sample of 256)")
+        right.set(xlabel="step", ylabel="held-out accuracy (a sample of 512)")
         left.legend()
 
 
@@ -281,7 +281,7 @@ def main(argv: Sequence[str]) -> None:
     if options.sweep:
         print(sweep(task, field, SWEEP, steps))
         return
-    seconds = time_steps(task, field, rounds=min(12, steps))
+    seconds = time_steps(task, field, rounds=min(6, steps))
     results = {c.name: [run(task, c, seed, steps) for seed in options.seeds] for c in field}
     shown = table(results, seconds)
     draw(options.out / "finetune.png", results)
