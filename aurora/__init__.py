@@ -15,6 +15,7 @@ from aurora.core import (
     parameters,
     remove,
 )
+from aurora.training import parameter_groups
 
 if TYPE_CHECKING:
     from aurora.bounds import BoundsReport, Certificate, assert_bounded, certify, report_bounds
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "load_adapter_state_dict",
     "merge",
+    "parameter_groups",
     "parameters",
     "remove",
     "report_bounds",

@@ -6,10 +6,14 @@ for the rating itself. A contender is a way to prepare a model for training; eve
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import importlib
 import importlib.util
+import json
+import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -94,6 +98,73 @@ def picture(path: Path, columns: int = 1) -> Iterator[list[Any]]:
         figure.savefig(path, dpi=110, metadata={"Software": None})
     finally:
         pyplot.close(figure)
+
+
+# --- Lines of JSON, one a run --------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> dict[str, dict[str, Any]]:
+    """The records of a file by their key "run"; a last line cut off by a crash does not count."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            found[record["run"]] = record
+    return found
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a record as the last line, on a line of its own even if a crash cut the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + json.dumps(record).encode() + b"\n")
+
+
+def add_sweep_options(add: Callable[..., Any], name: str) -> None:
+    """The options of a benchmark that performs many runs, for `add` of an argument parser."""
+    add("--minutes", type=float, default=math.inf, help="start no further run after this long; the next call goes on")
+    add("--jobs", type=int, default=0, help="runs at once (default: one a core, or one if there is a GPU)")
+    files = f"folder for {name}.jsonl, .md, .png (default: %(default)s)"
+    add("--out", type=Path, default=Path("docs/results"), help=files)
+
+
+def perform(
+    path: Path,
+    pending: Callable[[Mapping[str, dict[str, Any]]], Iterator[Any]],
+    work: Callable[[Any], dict[str, Any]],
+    jobs: int = 0,
+    minutes: float = math.inf,
+) -> dict[str, dict[str, Any]]:
+    """Do what is pending, `jobs` at once in processes of their own, and append each record as it comes.
+
+    pending: from the records so far, the runs (hashable, picklable) that can start and have none. jobs: 0 for one a
+    core, or one if there is a GPU. Nothing starts after `minutes`; killed at any moment, the next call goes on.
+    Returns all records.
+    """
+    jobs = jobs or (1 if torch.cuda.is_available() else use_all_cores())
+    threads, begin = max(1, use_all_cores() // jobs), time.perf_counter()
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
+    )
+    running: dict[concurrent.futures.Future[dict[str, Any]], Any] = {}
+    with pool, need("tqdm").tqdm(desc=path.stem, unit="run") as bar:
+        while True:
+            ready = (run for run in pending(lines(path)) if run not in running.values())
+            while (
+                len(running) < jobs
+                and time.perf_counter() - begin < 60 * minutes
+                and (run := next(ready, None)) is not None
+            ):
+                running[pool.submit(work, run)] = run
+            if not running:
+                return lines(path)
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                bar.set_postfix_str(str(running.pop(future))[:70])
+                append(path, future.result() | {"machine": machine()})
+                bar.update()
 
 
 # --- Timing --------------------------------------------------------------------------------------------------------
@@ -255,6 +326,22 @@ def loss(outputs: Tensor, ratings: Tensor) -> Tensor:
     return classes + F.mse_loss(outputs[:, 1], ratings)
 
 
+def chunks(tokenizer: Any, snippets: Sequence[Any], count: int, length: int) -> Tensor:
+    """The texts one after the other, cut into at most `count` sequences of `length` tokens, (count, length), int64."""
+    ids: list[int] = []
+    for snippet in snippets:
+        ids += [*tokenizer(snippet.text)["input_ids"], tokenizer.eos_token_id]
+    count = min(count, len(ids) // length)
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean next-token loss of each row, (N, L) -> (N,)."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1).mean(1)
+
+
 class Scores(NamedTuple):
     """Accuracy on the texts with a class, and Pearson's correlation of predicted and true rating on all."""
 
@@ -263,11 +350,20 @@ class Scores(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, texts: Texts, size: int = 64) -> Scores:
-    """Scores of the model on all texts, in a fixed order, so that equal models get equal digits."""
+def predict(model: nn.Module, texts: Texts, size: int = 64) -> tuple[Tensor, Tensor]:
+    """(outputs (N, 2), ratings (N,)) of all texts, float64, in a fixed order, so that equal models get equal digits."""
     batches = texts.batches(size)
     outputs = torch.cat([model(b.input_ids, b.attention_mask) for b in batches]).double()
-    ratings = torch.cat([b.ratings for b in batches]).double()
+    return outputs, torch.cat([b.ratings for b in batches]).double()
+
+
+def evaluate(model: nn.Module, texts: Texts, size: int = 64) -> Scores:
+    """Scores of the model on all texts."""
+    return score(*predict(model, texts, size))
+
+
+def score(outputs: Tensor, ratings: Tensor) -> Scores:
+    """Scores of outputs (N, 2) against ratings (N,)."""
     classed = ratings != 0
     hits = ((outputs[:, 0] > 0) == (ratings > 0))[classed].double().mean()
     return Scores(hits.item(), torch.corrcoef(torch.stack([outputs[:, 1], ratings]))[0, 1].item())
@@ -290,21 +386,24 @@ def train(
     lr: float,
     seed: int = 0,
     size: int = 32,
+    groups: Sequence[Any] | None = None,
     watch: Callable[[], Scores] | None = None,
     points: int = 4,
     label: str = "",
 ) -> History:
     """Train whatever requires a gradient with AdamW: warm-up over 6% of the steps, then down to 0 in a straight line.
 
-    watch: called before the first step and then `points` times at equal distances; its scores and time are kept apart.
+    groups: the optimizer's parameter groups, if not all train at the rate `lr`. watch: called before the first step and
+    then `points` times at equal distances; its scores and time are kept apart. label: of the progress bar, which only
+    shows with one.
     The model stays in eval mode: without dropout contenders differ in their adapters only, and a step costs less.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    step = make_step(model.eval(), parameters, lr, steps)
+    groups = [p for p in model.parameters() if p.requires_grad] if groups is None else groups
+    step = make_step(model.eval(), groups, lr, steps)
     generator, history = torch.Generator().manual_seed(seed), History()
     queue: list[Batch] = []
     marks = {steps * i // points for i in range(points)} if watch else set()
-    with need("tqdm").tqdm(total=steps, desc=label, mininterval=0.5, unit="step") as bar:
+    with need("tqdm").tqdm(total=steps, desc=label, mininterval=0.5, unit="step", disable=not label) as bar:
         for i in range(steps):
             if watch is not None and i in marks:
                 history.scores.append((i, watch()))
@@ -319,9 +418,24 @@ def train(
     return history
 
 
-def make_step(model: nn.Module, parameters: Sequence[nn.Parameter], lr: float, steps: int) -> Callable[[Batch], float]:
-    """A function that trains the parameters on one batch and returns its loss, with a schedule over `steps` calls."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+def rating_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of a Reader on a batch of rated texts."""
+    return loss(model(batch.input_ids, batch.attention_mask), batch.ratings)
+
+
+def make_step(
+    model: nn.Module,
+    groups: Sequence[Any],
+    lr: float,
+    steps: int,
+    objective: Callable[[nn.Module, Any], Tensor] = rating_loss,
+) -> Callable[[Any], float]:
+    """A function that trains on one batch and returns its loss, with a schedule over `steps` calls.
+
+    groups: parameters, or an optimizer's parameter groups. objective: the loss of the model on a batch.
+    """
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     warm = max(1, round(0.06 * steps))
 
     def pace(i: int) -> float:
@@ -329,8 +443,8 @@ def make_step(model: nn.Module, parameters: Sequence[nn.Parameter], lr: float, s
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
 
-    def step(batch: Batch) -> float:
-        value = loss(model(batch.input_ids, batch.attention_mask), batch.ratings)
+    def step(batch: Any) -> float:
+        value = objective(model, batch)
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)

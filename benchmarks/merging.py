@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import math
 import statistics
 import time
@@ -174,14 +173,7 @@ def language_run(rank: int, seed: int, texts: int, steps: int, length: int = 48)
     model, tokenizer = common.load_smollm2()
     learn, held = data.split(data.load("editorials"))
 
-    def tokens(side: Sequence[Any], count: int) -> Tensor:
-        ids: list[int] = []
-        for snippet in side:
-            ids += [*tokenizer(snippet.text)["input_ids"], tokenizer.eos_token_id]
-        count = min(count, len(ids) // length)
-        return torch.tensor(ids[: count * length]).view(count, length)
-
-    training, judged = tokens(learn, texts), tokens(held, 64)
+    training, judged = (common.chunks(tokenizer, side, n, length) for side, n in ((learn, texts), (held, 64)))
     torch.manual_seed(seed)
     aurora.inject(model, EVERY_LINEAR, rank, alpha=2.0 * rank)
     optimizer = torch.optim.AdamW(aurora.parameters(model), lr=2e-3, weight_decay=0.0)
@@ -191,7 +183,7 @@ def language_run(rank: int, seed: int, texts: int, steps: int, length: int = 48)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 4) * (1 - step / steps)
         batch = training[torch.randint(len(training), (8,), generator=order)]
-        loss = _next_token(model, batch).mean()
+        loss = common.next_token_loss(model, batch).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(aurora.parameters(model), 1.0)
@@ -200,16 +192,9 @@ def language_run(rank: int, seed: int, texts: int, steps: int, length: int = 48)
     batches = [{"input_ids": part} for part in training[:CALIBRATION].split(16)]
 
     def judge(model: nn.Module) -> Tensor:
-        return torch.cat([-_next_token(model, part).double() for part in judged.split(16)]).unsqueeze(1)
+        return torch.cat([-common.next_token_loss(model, part).double() for part in judged.split(16)]).unsqueeze(1)
 
     return compare(model.eval(), judge, batches, extra=False) | {"epoch seconds": epoch, "trained on": len(training)}
-
-
-def _next_token(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean next-token loss of each row, (N, L) -> (N,)."""
-    logits = model(input_ids=ids).logits[:, :-1]
-    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(ids), -1).mean(1)
 
 
 # --- All runs --------------------------------------------------------------------------------------------------------
@@ -231,18 +216,6 @@ def plan(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
             for corpus in ("movies", "tweets"):
                 key = f"penalty MiniLM {corpus} rank=2 seed=0 texts={texts} steps={steps}"
                 yield key, functools.partial(encoder_run, corpus, 2, 0, texts, steps, 0.1)
-
-
-def read(path: Path) -> dict[str, Record]:
-    """The runs that have their line; a last line cut off by a crash does not count."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[record["run"]] = record
-    return found
 
 
 def kept(records: Sequence[Record], method: str, score: int) -> tuple[float, float]:
@@ -338,19 +311,16 @@ def main(argv: Sequence[str]) -> None:
     """Run what has no line yet, then print and write the report."""
     options = parse(argv)
     common.use_all_cores()
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("merging-quick.jsonl" if options.quick else "merging.jsonl")
     start = time.perf_counter()
     for run, call in plan(options.quick):
-        if run in read(path):
+        if run in common.lines(path):
             continue
         if time.perf_counter() - start > 60 * options.minutes:
             break
-        record = {"run": run} | call() | {"machine": common.machine()}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        common.append(path, {"run": run} | call() | {"machine": common.machine()})
     wanted = [run for run, _ in plan(options.quick)]
-    found = {run: record for run, record in read(path).items() if run in wanted}
+    found = {run: record for run, record in common.lines(path).items() if run in wanted}
     if not found:
         raise common.BenchmarkError(f"{path} holds no run yet: give it more --minutes")
     written = report(options.out, found)

@@ -69,9 +69,9 @@ def test_gain_kept_is_a_ratio_of_means_with_its_error():
 
 def test_lines_are_read_back_and_a_torn_one_does_not_count(tmp_path):
     path = tmp_path / "merging.jsonl"
-    assert merging.read(path) == {}
+    assert common.lines(path) == {}
     path.write_text(json.dumps({"run": "a", "off": [1.0]}) + "\n" + '{"run": "b", "off', encoding="utf-8")
-    assert list(merging.read(path)) == ["a"]
+    assert list(common.lines(path)) == ["a"]
 
 
 def test_the_plan_names_every_run_once():

@@ -1,0 +1,719 @@
+"""Learning quality: what does each method reach with its parameters, and where does AuroRA lose?
+
+All-MiniLM-L6-v2 learns class and rating of four corpora of short texts, every method with the same texts, steps,
+batches and head. First every method's learning rate is chosen on a development fold, where settings of AuroRA are tried
+too; then the methods are judged on held-out folds that played no part in any choice. Every run is one line of JSON; a
+run that has its line is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import aurora
+from aurora import core
+from benchmarks import baselines, common, data
+
+HEAD = r"^head\."
+LENGTH = 48  # tokens of a sequence of the language model
+HEAD_RATE = 5e-3  # of every method, so that a method's own rate can be chosen by itself
+SIZE = 16  # texts a step
+RECOMMENDED = "AuroRA r=2 recommended"
+Record = dict[str, Any]
+Inputs = list[dict[str, Tensor]]
+
+
+class Place(NamedTuple):
+    """Regexes of the layers to adapt and of the other parameters that train."""
+
+    targets: str
+    train: str | None
+
+    def trained(self, biases: bool) -> str | None:
+        """The regex of what trains beside adapters, with or without the adapted layers' biases."""
+        return "|".join([*([self.train] if self.train else []), rf"{self.targets}\.bias"]) if biases else self.train
+
+
+ENCODER = Place(r"attention\.self\.(query|value)", HEAD)
+LANGUAGE = Place(r"layers\.\d+\..*_proj$", None)
+
+
+class Method(NamedTuple):
+    """`prepare` readies a fresh model for training, with the help of sample inputs. factors: regex of parameter names
+    -> factor on the learning rate. seeds: runs a corpus on the held-out folds, 0 for a setting that is only tried."""
+
+    prepare: Callable[[nn.Module, Inputs, Place], object]
+    seeds: int = 1
+    factors: Mapping[str, float] = {}
+
+
+# --- The methods -----------------------------------------------------------------------------------------------------
+
+
+def lora(rank: int, seeds: int = 1, mixer: bool = False, biases: bool = False, **factors: float) -> Method:
+    """LoRA, or MoSLoRA with a mixer; with the adapted layers' biases, if they shall train too."""
+
+    def prepare(model: nn.Module, _: Inputs, place: Place) -> None:
+        baselines.inject_lora(model, place.targets, rank, mixer=mixer, train=place.trained(biases))
+
+    return Method(prepare, seeds, {rf"\.{name}$": factor for name, factor in factors.items()})
+
+
+def peft_lora(rank: int) -> Method:
+    """PEFT's own LoRA, a check on ours."""
+
+    def prepare(model: nn.Module, *_: Any) -> None:
+        peft = common.need("peft")
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"])
+        model.encoder = peft.get_peft_model(model.encoder, config)
+
+    return Method(prepare)
+
+
+def plain(train: str, seeds: int = 1) -> Method:
+    """No adapters: train the parameters whose name matches."""
+    return Method(lambda model, *_: baselines.freeze(model, train), seeds)
+
+
+def adapted(
+    rank: int,
+    seeds: int = 1,
+    *start: Callable[[core.AuroraLinear, Tensor], None],
+    factors: Mapping[str, float] | None = None,
+    biases: bool = False,
+    **options: Any,
+) -> Method:
+    """AuroRA; each of `start` then changes every layer in turn, knowing a sample of its hidden vectors z (r, N)."""
+
+    def prepare(model: nn.Module, inputs: Inputs, place: Place) -> None:
+        aurora.inject(model, place.targets, rank, alpha=2.0 * rank, train=place.trained(biases), **options)
+        if start:
+            for layer, z in hidden_vectors(model, inputs).items():
+                for change in start:
+                    change(layer, z)
+
+    return Method(prepare, seeds, factors or {})
+
+
+@torch.no_grad()
+def hidden_vectors(model: nn.Module, inputs: Inputs) -> dict[core.AuroraLinear, Tensor]:
+    """z = A x (r, N) of every adapted layer on the tokens of the inputs."""
+    found: dict[core.AuroraLinear, list[Tensor]] = {layer: [] for layer in core.layers(model).values()}
+
+    def watch(mask: Tensor, layer: nn.Module, x: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, core.AuroraLinear)
+        found[layer].append(layer.A @ x[0][mask].t())
+
+    for batch in inputs:
+        with contextlib.ExitStack() as hooks:
+            for layer in found:
+                handle = layer.register_forward_pre_hook(functools.partial(watch, batch["attention_mask"].bool()))
+                hooks.callback(handle.remove)
+            model(**batch)
+    return {layer: torch.cat(seen, 1) for layer, seen in found.items()}
+
+
+@torch.no_grad()
+def identity(layer: core.AuroraLinear, _: Tensor) -> None:
+    """Per-channel splines that are the identity inside the grid, H = 0: AuroRA starts as LoRA there."""
+    c = layer.config
+    places = (torch.arange(c.grid_size + c.spline_order) + (1 - c.spline_order) / 2) / c.cells_per_unit
+    assert layer.anl.spline_weight is not None
+    layer.anl.spline_weight.copy_((c.grid_range[0] + places).expand_as(layer.anl.spline_weight))
+    if layer.anl.H is not None:
+        layer.anl.H.zero_()
+
+
+@torch.no_grad()
+def fit_grid(layer: core.AuroraLinear, z: Tensor) -> None:
+    """A grid that reaches just as far as 99.9% of the layer's hidden values."""
+    reach = float(z.abs().flatten().double().quantile(0.999)) if z.numel() < 1e7 else float(z.abs().max())
+    anl = core.ANL(layer.config, grid_range=(-reach, reach))
+    anl.load_state_dict(layer.anl.state_dict())
+    layer.config, layer.anl = anl.config, anl
+
+
+@torch.no_grad()
+def normalise(layer: core.AuroraLinear, z: Tensor) -> None:
+    """Rows of A scaled so that every hidden channel has root mean square 1/2 at the start."""
+    layer.A.mul_(0.5 / z.square().mean(1, keepdim=True).sqrt())
+
+
+@torch.no_grad()
+def louder(layer: core.AuroraLinear, _: Tensor) -> None:
+    """Spline weights drawn in +-0.5 instead of +-0.1."""
+    assert layer.anl.spline_weight is not None
+    layer.anl.spline_weight.mul_(5)
+
+
+class LinearANL(core.ANL):
+    """sigma(z) + z: linear beyond the grid, where the splines end."""
+
+    def columns(self, z: Tensor, scale: float = 1.0) -> Tensor:
+        """(r, N) -> (r, N)."""
+        return torch.add(super().columns(z, scale), z, alpha=scale)
+
+
+@torch.no_grad()
+def add_identity(layer: core.AuroraLinear, _: Tensor) -> None:
+    """sigma(z) + z with sigma = 0 at the start: AuroRA starts as LoRA everywhere."""
+    layer.anl.__class__ = LinearANL
+    for p in layer.anl.parameters():
+        p.zero_()
+
+
+def methods() -> dict[str, Method]:
+    """All by name: those that are judged on the held-out folds, then the settings that are tried on development."""
+    per_channel: dict[str, Any] = {"spline": "per-channel"}
+    found = {
+        "head only": plain(HEAD, 3),
+        "full": plain(""),
+        "LoRA r=1": lora(1),
+        "LoRA r=2": lora(2, 3),
+        "LoRA r=4": lora(4),
+        "LoRA r=8": lora(8, 3),
+        "LoRA r=16": lora(16),
+        "MoSLoRA r=2": lora(2, mixer=True),
+        "PEFT LoRA r=2": peft_lora(2),
+    }
+    for rank in (1, 2, 4, 8):
+        found[f"AuroRA r={rank}"] = adapted(rank, 3 if rank == 2 else 1)
+        found[f"AuroRA r={rank} per-channel"] = adapted(rank, 3 if rank == 2 else 1, **per_channel)
+    return found | {
+        RECOMMENDED: adapted(2, 3, factors={r"\.anl\.": 10.0}, **per_channel),
+        "LoRA r=2, biases too": lora(2, 3, biases=True),
+        "AuroRA r=2 static": adapted(2, mode="static"),
+        "AuroRA r=2 without F": adapted(2, fixed=False),
+        "AuroRA r=2 without L": adapted(2, learnable=False),
+        "AuroRA r=2 LeakyReLU": adapted(2, activation="leaky_relu"),
+        "AuroRA r=2 sigmoid": adapted(2, activation="sigmoid"),
+        "try identity": adapted(2, 0, identity, **per_channel),
+        "try identity, grid +-2": adapted(2, 0, identity, grid_range=(-2.0, 2.0), **per_channel),
+        "try identity, grid +-4": adapted(2, 0, identity, grid_range=(-4.0, 4.0), **per_channel),
+        "try identity, grid from data": adapted(2, 0, fit_grid, identity, **per_channel),
+        "try identity, z normalised": adapted(2, 0, normalise, identity, **per_channel),
+        "try identity, w and H x 0.1": adapted(2, 0, identity, factors={r"\.anl\.": 0.1}, **per_channel),
+        "try identity, w and H x 10": adapted(2, 0, identity, factors={r"\.anl\.": 10.0}, **per_channel),
+        "try identity, B x 8": adapted(2, 0, identity, factors={r"\.B$": 8.0}, **per_channel),
+        "try linear beyond the grid": adapted(2, 0, add_identity, **per_channel),
+        "try linear beyond the grid, summed": adapted(2, 0, add_identity),
+        "try summed, grid from data": adapted(2, 0, fit_grid),
+        "try summed, w and H x 0.1": adapted(2, 0, factors={r"\.anl\.": 0.1}),
+        "try summed, w and H x 10": adapted(2, 0, factors={r"\.anl\.": 10.0}),
+        "try per-channel, w and H x 30": adapted(2, 0, factors={r"\.anl\.": 30.0}, **per_channel),
+        "try per-channel, grid from data": adapted(2, 0, fit_grid, **per_channel),
+        "try identity, grid from data, w and H x 10": adapted(
+            2, 0, fit_grid, identity, factors={r"\.anl\.": 10.0}, **per_channel
+        ),
+        "try identity, grid +-2, w and H x 10": adapted(
+            2, 0, identity, factors={r"\.anl\.": 10.0}, grid_range=(-2.0, 2.0), **per_channel
+        ),
+        "try per-channel, splines drawn in +-0.5": adapted(2, 0, louder, **per_channel),
+        "try per-channel, w and H x 3": adapted(2, 0, factors={r"\.anl\.": 3.0}, **per_channel),
+        "try per-channel, w x 10": adapted(2, 0, factors={r"\.spline_weight$": 10.0}, **per_channel),
+        "try per-channel, grid from data, w and H x 10": adapted(
+            2, 0, fit_grid, factors={r"\.anl\.": 10.0}, **per_channel
+        ),
+        "try per-channel, w and H x 10, biases too": adapted(
+            2, 0, factors={r"\.anl\.": 10.0}, biases=True, **per_channel
+        ),
+        "try per-channel, biases too": adapted(2, 0, biases=True, **per_channel),
+        "try LoRA r=8, biases too": lora(8, 0, biases=True),
+        "try LoRA r=2, B x 8": lora(2, 0, B=8.0),
+        "try LoRA r=8, B x 8": lora(8, 0, B=8.0),
+    }
+
+
+# --- One run ---------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """All that fixes a run. side: "development", "held-out", or "diagnosis", development with measurements inside the
+    model; corpus: one of data.CORPORA, or "all" for the four mixed; texts: at most so many a corpus to learn from;
+    held: at most so many a corpus to be judged by."""
+
+    side: str
+    method: str
+    lr: float
+    corpus: str
+    seed: int
+    steps: int
+    texts: int
+    held: int
+
+    @property
+    def key(self) -> str:
+        """One line."""
+        return " ".join(f"{name}={value}" for name, value in self._asdict().items())
+
+
+@functools.cache
+def encoder() -> tuple[nn.Module, Any]:
+    """Read once a process; every run copies it."""
+    return common.load_encoder()
+
+
+@functools.cache
+def language_model() -> tuple[nn.Module, Any]:
+    """Read once a process; every run copies it."""
+    return common.load_smollm2()
+
+
+@functools.cache
+def sides(corpus: str, side: str, texts: int, held: int) -> tuple[common.Texts, common.Texts]:
+    """(to learn from, to be judged by). Both folds are chosen by a hash of the texts' ids, and so is what is left out
+    where there are too many; ratings are divided by their standard deviation in the corpus."""
+    found: tuple[list[Any], list[Any]] = [], []
+    for name in data.CORPORA if corpus == "all" else (corpus,):
+        rest, judge = data.split(data.load(name))
+        rest, development = data.split(rest, salt="development")
+        scale = statistics.pstdev(s.rating for s in rest)
+        pools = (rest, judge if side == "held-out" else development)
+        for kept, pool, count in zip(found, pools, (texts, held), strict=True):
+            share = min(1.0, count / len(pool))
+            kept.extend(s._replace(rating=s.rating / scale) for s in data.split(pool, share, salt="size")[1])
+    learn, judged = (common.tokenize(encoder()[1], kept) for kept in found)
+    return learn, judged
+
+
+def groups(model: nn.Module, method: Method, lr: float) -> list[dict[str, Any]]:
+    """Parameter groups: the head at HEAD_RATE unless it is all that trains, the rest at `lr` times its factor."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    alone = all(re.search(HEAD, name) for name in trained)
+    rates: dict[float, list[nn.Parameter]] = {}
+    for name, p in trained.items():
+        factor = next((f for pattern, f in method.factors.items() if re.search(pattern, name)), 1.0)
+        rates.setdefault(HEAD_RATE if re.search(HEAD, name) and not alone else factor * lr, []).append(p)
+    return [{"params": ps, "lr": rate} for rate, ps in rates.items()]
+
+
+def diagnose(model: nn.Module, inputs: Inputs, batch: common.Batch) -> dict[str, float]:
+    """What may hold the nonlinearity back, as means over the adapted layers: share of hidden values beyond the grid and
+    beyond the splines' support; shares of the mean square of sigma(z) that are constant, linear in z, and neither; root
+    mean squares of every kind of parameter and of its gradient on one batch."""
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: Tensor) -> None:
+        found.setdefault(name, []).append(float(value))
+
+    for layer, z in hidden_vectors(model, inputs).items():
+        c, z = layer.config, z.double()
+        reach = c.grid_range[1] + c.spline_order / c.cells_per_unit
+        note("beyond the grid", (z.abs() > c.grid_range[1]).double().mean())
+        note("beyond the support", (z.abs() > reach).double().mean())
+        with torch.no_grad():
+            sigma = layer.anl.columns(z)
+        energy, centred = sigma.square().mean(), sigma - sigma.mean(1, keepdim=True)
+        slope = torch.linalg.lstsq((z - z.mean(1, keepdim=True)).t(), centred.t()).solution
+        rest = centred - slope.t() @ (z - z.mean(1, keepdim=True))
+        note("constant", 1 - centred.square().mean() / energy)
+        note("linear", (centred.square().mean() - rest.square().mean()) / energy)
+        note("nonlinear", rest.square().mean() / energy)
+    common.rating_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    for layer in core.layers(model).values():
+        for name, p in layer.adapter_parameters().items():
+            assert p.grad is not None
+            note(f"{name} size", p.detach().square().mean().sqrt())
+            note(f"{name} gradient", p.grad.square().mean().sqrt())
+            p.grad = None
+    return {name: statistics.fmean(values) for name, values in found.items()}
+
+
+def perform(run: Run) -> Record:
+    """Train, and judge on the other side."""
+    return {"run": run.key, **run._asdict(), **(continue_texts(run) if run.side == "language" else read_ratings(run))}
+
+
+def read_ratings(run: Run) -> Record:
+    """MiniLM learns class and rating."""
+    method, (learn, judged) = methods()[run.method], sides(run.corpus, run.side, run.texts, run.held)
+    torch.manual_seed(run.seed)
+    model = common.Reader(copy.deepcopy(encoder()[0])).eval()
+    method.prepare(model, learn.inputs(128), ENCODER)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    diagnosis: dict[str, Any] = {}
+    if run.side == "diagnosis":
+        diagnosis["start"] = diagnose(model, learn.inputs(128), learn.sample(64).batches(64)[0])
+    start = time.perf_counter()
+    common.train(
+        model, learn, steps=run.steps, lr=run.lr, seed=run.seed, size=SIZE, groups=groups(model, method, run.lr)
+    )
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        outputs, ratings = common.predict(model, judged)
+        scores = common.score(outputs, ratings)
+        hits = ((outputs[:, 0] > 0) == (ratings > 0))[ratings != 0]
+    if diagnosis:
+        diagnosis["end"] = diagnose(model, learn.inputs(128), learn.sample(64).batches(64)[0])
+    return {
+        "adapter": sum(n for name, n in trained.items() if not re.search(HEAD, name)),
+        "accuracy": scores.accuracy,
+        "pearson": scores.pearson,
+        "loss": float(common.loss(outputs, ratings)),
+        "hits": "".join("01"[int(hit)] for hit in hits),
+        "seconds": seconds,
+        **diagnosis,
+    }
+
+
+def continue_texts(run: Run) -> Record:
+    """SmolLM2-135M learns to continue the texts; next-token loss in nats of development and of held-out sequences."""
+    method, (source, tokenizer) = methods()[run.method], language_model()
+    rest, held_out = data.split(data.load(run.corpus))
+    sides = zip((*data.split(rest, salt="development"), held_out), (run.texts, run.held, run.held), strict=True)
+    learn, *judged = (common.chunks(tokenizer, side, count, LENGTH) for side, count in sides)
+    torch.manual_seed(run.seed)
+    model = copy.deepcopy(source)
+    method.prepare(model, [{"input_ids": learn[:16], "attention_mask": torch.ones_like(learn[:16])}], LANGUAGE)
+    step = common.make_step(
+        model,
+        groups(model, method, run.lr),
+        run.lr,
+        run.steps,
+        lambda model, ids: common.next_token_loss(model, ids).mean(),
+    )
+    order, start = torch.Generator().manual_seed(run.seed), time.perf_counter()
+    for _ in range(run.steps):
+        step(learn[torch.randint(len(learn), (8,), generator=order)])
+    seconds = time.perf_counter() - start
+
+    @torch.no_grad()
+    def losses(ids: Tensor) -> list[float]:
+        return torch.cat([common.next_token_loss(model, part) for part in ids.split(8)]).tolist()
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    development, held = map(losses, judged)
+    return {"adapter": trained, "loss": statistics.fmean(development), "held-out losses": held, "seconds": seconds}
+
+
+# --- All runs --------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How much to run."""
+
+    steps: int = 150
+    texts: int = 2000
+    held: int = 1000
+    sweep_steps: int = 60
+    sweep_texts: int = 500
+    sweep_held: int = 250
+    corpora: tuple[str, ...] = tuple(data.CORPORA)
+    names: tuple[str, ...] = ()
+
+    def chosen(self) -> dict[str, Method]:
+        """The methods to run, all unless there are names."""
+        return {name: m for name, m in methods().items() if not self.names or name in self.names}
+
+    def develop(self, name: str, lr: float, seed: int = 0) -> Run:
+        """A run on the development fold."""
+        return Run("development", name, lr, "all", seed, self.sweep_steps, self.sweep_texts, self.sweep_held)
+
+    def judge(self, name: str, lr: float, corpus: str, seed: int) -> Run:
+        """A run on a held-out fold."""
+        return Run("held-out", name, lr, corpus, seed, self.steps, self.texts, self.held)
+
+
+def rate(i: int) -> float:
+    """The grid of learning rates, the same for all: ..., 1e-3, 3e-3, 1e-2, ..."""
+    return float(f"{(1, 3)[i % 2]}e{i // 2}")
+
+
+def swept(plan: Plan, name: str, lines: Mapping[str, Record]) -> tuple[dict[float, float], list[Run]]:
+    """(development loss by rate, the runs still needed). Every sweep starts at 1e-3, 3e-3, 1e-2 and goes on outwards
+    until the best rate has worse ones on both sides, or to 1e-5 and 1e-1."""
+    places = [-6, -5, -4]
+    while True:
+        runs = [plan.develop(name, rate(i)) for i in places]
+        needed = [run for run in runs if run.key not in lines]
+        if needed:
+            return {}, needed
+        losses = [lines[run.key]["loss"] for run in runs]
+        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+        best = losses.index(min(losses))
+        if 0 < best < len(places) - 1 or places[best] in (-10, -2):
+            return {run.lr: loss for run, loss in zip(runs, losses, strict=True)}, []
+        places = [places[0] - 1, *places] if best == 0 else [*places, places[-1] + 1]
+
+
+AGAINST = ("LoRA r=2", "LoRA r=8", "LoRA r=2, biases too")
+LEARNT = ("LoRA r=2", "LoRA r=8", RECOMMENDED, "AuroRA r=8")  # by the language model
+INSIDE = ("AuroRA r=2", "AuroRA r=2 per-channel", RECOMMENDED)
+QUICK = Plan(10, 100, 60, 4, 60, 30, ("tweets",), ("head only", "LoRA r=2", "LoRA r=8", "AuroRA r=2", RECOMMENDED))
+
+
+def compared(name: str) -> bool:
+    """Whether it takes part in the choice of a setting: all that is tried, and what it is tried against."""
+    return name.startswith("try") or (methods()[name].seeds > 1 and name != "head only")
+
+
+def pending(plan: Plan, lines: Mapping[str, Record], language: bool = False) -> Iterator[Run]:
+    """Runs without a line that can start: sweeps first; then a second seed of the settings that are compared on
+    development, and a look inside some; then the held-out folds, seed by seed; then, if asked for, the language model.
+    """
+    ready = {}
+    for name in plan.chosen():
+        losses, needed = swept(plan, name, lines)
+        yield from needed
+        if losses:
+            ready[name] = min(losses, key=losses.__getitem__)
+    later = [plan.develop(name, lr, 1) for name, lr in ready.items() if compared(name)]
+    later += [plan.develop(name, ready[name])._replace(side="diagnosis") for name in INSIDE if name in ready]
+    for seed in range(3):
+        names = [name for name in ready if seed < plan.chosen()[name].seeds]
+        later += [plan.judge(name, ready[name], corpus, seed) for corpus in plan.corpora for name in names]
+    if language:
+        later += [
+            Run("language", name, lr, "editorials", 0, 30, 1024, 64) for lr in (1e-3, 3e-3, 1e-2) for name in LEARNT
+        ]
+    yield from (run for run in later if run.key not in lines)
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error, NaN where one run cannot tell."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.2f}" + ("" if math.isnan(self.error) else f" ± {100 * self.error:.2f}")
+
+    @property
+    def signed(self) -> str:
+        """With its sign, for differences."""
+        return ("+" if self.mean >= 0 else "") + str(self)
+
+
+Judged = dict[str, dict[tuple[str, int], Record]]  # method -> (corpus, seed) -> record
+
+
+def judged(plan: Plan, lines: Mapping[str, Record]) -> Judged:
+    """The held-out runs at the rate that the sweep chose."""
+    found: Judged = {}
+    for name, method in plan.chosen().items():
+        losses, _ = swept(plan, name, lines)
+        lr = min(losses, key=losses.__getitem__, default=math.nan)
+        runs = [plan.judge(name, lr, corpus, seed) for corpus in plan.corpora for seed in range(method.seeds)]
+        records = {(run.corpus, run.seed): lines[run.key] for run in runs if run.key in lines}
+        if records:
+            found[name] = records
+    return found
+
+
+def accuracy(
+    records: Mapping[tuple[str, int], Record], against: Mapping[tuple[str, int], Record] | None = None
+) -> Estimate:
+    """Mean over the corpora, or the mean difference on the runs that both have. The error counts both the texts, whose
+    hits are paired, and the seeds, if there are several."""
+    means, variances = [], []
+    for corpus in dict.fromkeys(corpus for corpus, _ in records):
+        keys = [key for key in records if key[0] == corpus and (against is None or key in against)]
+        if not keys:
+            return Estimate(math.nan, math.nan)
+        hits = np.array([_hits(records[key]) - (0 if against is None else _hits(against[key])) for key in keys])
+        means.append(hits.mean())
+        seeds = hits.mean(1).var(ddof=1) / len(keys) if len(keys) > 1 else 0.0
+        variances.append(hits.mean(0).var(ddof=1) / hits.shape[1] + seeds)
+    return Estimate(float(np.mean(means)), math.sqrt(sum(variances)) / len(variances))
+
+
+def _hits(record: Record) -> Any:
+    return np.frombuffer(record["hits"].encode(), dtype=np.uint8).astype(float) - ord("0")
+
+
+def pearson(
+    records: Mapping[tuple[str, int], Record], against: Mapping[tuple[str, int], Record] | None = None
+) -> Estimate:
+    """Likewise of Pearson's correlation; its error counts the seeds only."""
+    means, variances = [], []
+    for corpus in dict.fromkeys(corpus for corpus, _ in records):
+        keys = [key for key in records if key[0] == corpus and (against is None or key in against)]
+        values = [records[key]["pearson"] - (0 if against is None else against[key]["pearson"]) for key in keys]
+        if not values:
+            return Estimate(math.nan, math.nan)
+        means.append(statistics.fmean(values))
+        variances.append(statistics.variance(values) / len(values) if len(values) > 1 else math.nan)
+    return Estimate(statistics.fmean(means), math.sqrt(sum(variances)) / len(variances))
+
+
+def scores_table(found: Judged) -> str:
+    """One row a method: parameters, rate, accuracy by corpus, means, and paired differences to two LoRAs."""
+    rows = []
+    for name, records in found.items():
+        one = next(iter(records.values()))
+        by_corpus = []
+        for corpus in data.CORPORA:
+            part = {key: r for key, r in records.items() if key[0] == corpus}
+            by_corpus.append(f"{100 * accuracy(part).mean:.1f}" if part else "-")
+        differences = [
+            accuracy(records, found[other]).signed if other in found and other != name else "-" for other in AGAINST
+        ]
+        cells = [len(records), *by_corpus, accuracy(records), pearson(records), *differences]
+        rows.append([name, f"{one['adapter']:,}", f"{one['lr']:g}", *cells])
+    header = ["held out", "parameters", "rate", "runs", *data.CORPORA, "accuracy", "Pearson"]
+    return common.markdown_table([*header, *(f"accuracy - {other}" for other in AGAINST)], rows)
+
+
+def losses_table(found: Judged) -> str:
+    """Where AuroRA wins and loses: differences to LoRA by corpus."""
+    rows = []
+    for name in (name for name in found if name.startswith("AuroRA r=2")):
+        for other in (other for other in AGAINST if other in found):
+            cells = []
+            for corpus in data.CORPORA:
+                part = {key: r for key, r in found[name].items() if key[0] == corpus}
+                cells.append(accuracy(part, found[other]).signed if part else "-")
+            rows.append([f"{name} - {other}", *cells, pearson(found[name], found[other]).signed])
+    return common.markdown_table(["accuracy, by corpus", *data.CORPORA, "Pearson, all"], rows)
+
+
+def rates_table(plan: Plan, lines: Mapping[str, Record]) -> str:
+    """Development loss by learning rate, and at the best rate the mean over two seeds where there are two."""
+    swepts = {name: swept(plan, name, lines)[0] for name in plan.chosen()}
+    rates, rows = sorted({lr for losses in swepts.values() for lr in losses}), []
+    for name, losses in ((name, losses) for name, losses in swepts.items() if losses):
+        lr = min(losses, key=losses.__getitem__)
+        cells = [f"{losses[r]:.3f}" if r in losses else "" for r in rates]
+        seeds = [lines[run.key] for seed in range(2) if (run := plan.develop(name, lr, seed)).key in lines]
+        mean = f"{statistics.fmean(r['loss'] for r in seeds):.4f}" if len(seeds) == 2 else ""
+        score = f"{50 * statistics.fmean(r['accuracy'] + r['pearson'] for r in seeds):.2f}" if len(seeds) == 2 else ""
+        rows.append([name, *cells, mean, score])
+    header = ["development loss by rate", *(f"{r:g}" for r in rates), "2 seeds", "(accuracy + Pearson) / 2"]
+    return common.markdown_table(header, rows)
+
+
+def diagnosis_table(lines: Mapping[str, Record]) -> str:
+    """Measurements inside the model, at the start and after training."""
+    found = [r for r in lines.values() if r["side"] == "diagnosis"]
+    names = list(dict.fromkeys(name for r in found for name in r["start"]))
+    rows = []
+    for name in names:
+        pairs = ((r["start"].get(name), r["end"].get(name)) for r in found)
+        rows.append([name, *("-" if a is None else f"{a:.3g} → {b:.3g}" for a, b in pairs)])
+    return common.markdown_table(["start → end", *(f"{r['method']}, rate {r['lr']:g}" for r in found)], rows)
+
+
+def language_table(lines: Mapping[str, Record]) -> str:
+    """Held-out perplexity of the language model, at the rate that is best on development."""
+    found: dict[str, list[Record]] = {}
+    for r in lines.values():
+        if r["side"] == "language":
+            found.setdefault(r["method"], []).append(r)
+    best = {name: min(records, key=lambda r: r["loss"]) for name, records in found.items()}
+    rows = []
+    for name, r in best.items():
+        held = np.array(r["held-out losses"])
+        cells = [f"{r['adapter']:,}", f"{r['lr']:g}", f"{math.exp(r['loss']):.3f}", f"{math.exp(held.mean()):.3f}"]
+        for other in AGAINST:
+            gap = held - np.array(best[other]["held-out losses"]) if other in best else held
+            error = gap.std(ddof=1) / math.sqrt(len(gap))
+            cells.append(f"{gap.mean():+.4f} ± {error:.4f}" if other in best and other != name else "-")
+        rows.append([name, *cells])
+    header = ["SmolLM2-135M", "parameters", "rate", "development perplexity", "held-out perplexity"]
+    return common.markdown_table([*header, *(f"loss - {other}" for other in AGAINST)], rows)
+
+
+def verdict(found: Judged) -> list[str]:
+    """What the recommended setting reached, in words made from the numbers."""
+    told = []
+    for other in (other for other in AGAINST if other in found and RECOMMENDED in found):
+        gap = accuracy(found[RECOMMENDED], found[other])
+        sigma = gap.mean / gap.error
+        told.append(f"accuracy - that of {other}: {gap.signed} points, {sigma:+.1f} standard errors")
+    lost = []
+    for name in (name for name in found if name.startswith("AuroRA")):
+        for corpus in data.CORPORA:
+            part = {key: r for key, r in found[name].items() if key[0] == corpus}
+            gap = accuracy(part, found.get("LoRA r=2", {})) if part else Estimate(math.nan, math.nan)
+            if gap.mean < -2 * gap.error:
+                lost.append(f"{name} on {corpus} ({gap.signed})")
+    return [
+        f"Recommended setting ({RECOMMENDED}): {'; '.join(told) or 'not judged yet'}.",
+        f"AuroRA loses to LoRA r=2 by more than two standard errors: {', '.join(lost) or 'nowhere'}.",
+    ]
+
+
+def draw(path: Path, found: Judged) -> None:
+    """Accuracy and Pearson against trained parameters."""
+    with common.picture(path, columns=2) as axes:
+        for axis, score, label in zip(axes, (accuracy, pearson), ("accuracy, %", "100 x Pearson"), strict=True):
+            for name, records in found.items():
+                count, value = next(iter(records.values()))["adapter"], score(records)
+                color = "C1" if name.startswith("AuroRA") else "C0" if "LoRA" in name else "C7"
+                error = None if math.isnan(value.error) else 100 * value.error
+                axis.errorbar(max(count, 1000), 100 * value.mean, error, fmt="o", color=color, ms=4, lw=1)
+                axis.annotate(
+                    name, (max(count, 1000), 100 * value.mean), fontsize=5, xytext=(3, 2), textcoords="offset points"
+                )
+            axis.set(xscale="log", xlabel="trained parameters without the head (none drawn at 1,000)", ylabel=label)
+
+
+def report(out: Path, plan: Plan, lines: Mapping[str, Record]) -> Path:
+    """Write the tables and the picture from the lines."""
+    found = judged(plan, lines)
+    draw(out / "learning.png", found)
+    parts = [explain(plan), *verdict(found), scores_table(found), losses_table(found)]
+    parts += ["## The choice of rates and settings, on development", rates_table(plan, lines)]
+    if any(r["side"] == "diagnosis" for r in lines.values()):
+        parts += ["## Inside the model", diagnosis_table(lines)]
+    if any(r["side"] == "language" for r in lines.values()):
+        parts += ["## A language model", language_table(lines)]
+    return common.write_report(out, "learning", "What each method learns with its parameters", parts)
+
+
+def explain(plan: Plan) -> str:
+    """How to read the tables."""
+    return (
+        f"All-MiniLM-L6-v2, query and value adapted, a joint head for class and rating. Held out: {plan.steps} steps "
+        f"of {SIZE} texts from at most {plan.texts:,} of a corpus, judged on at most {plan.held:,}. Development: "
+        f"{plan.sweep_steps} steps on the four corpora mixed, judged on another fold; loss is cross-entropy plus "
+        "squared error. Every method has the same grid of rates (1e-5, 3e-5, ..., 1e-1; from 1e-3, 3e-3, 1e-2 outwards "
+        f"until the best is inside), alpha = 2 rank, the head's rate {HEAD_RATE:g}, and by seed the same texts, "
+        "batches and head. "
+        "Accuracy and Pearson's correlation in percent, means over the corpora; the error of an accuracy counts texts "
+        '(paired in differences) and seeds, that of Pearson\'s correlation seeds only. "try": settings that were only '
+        'compared on development; "biases too": the adapted layers\' own biases train beside the adapter.'
+    )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks learning", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few methods, few texts and steps, one corpus")
+    add("--language", action="store_true", help="also SmolLM2-135M (needs the extra `language`)")
+    common.add_sweep_options(add, "learning")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run what has no line yet, then print and write the report."""
+    options = parse(argv)
+    plan = QUICK if options.quick else Plan()
+    path = options.out / ("learning-quick.jsonl" if options.quick else "learning.jsonl")
+    lines = common.perform(
+        path, lambda lines: pending(plan, lines, options.language), perform, options.jobs, options.minutes
+    )
+    if not judged(plan, lines):
+        raise common.BenchmarkError(f"{path} holds no run on held-out texts yet: give it more --minutes")
+    written = report(options.out, plan, lines)
+    print(f"{written.read_text(encoding='utf-8')}\nwritten to {written}")

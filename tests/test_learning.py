@@ -1,0 +1,333 @@
+"""The benchmark of learning quality on a tiny random encoder and made-up records: no network."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_benchmarks import WORDS, folder  # noqa: F401 (fixture)
+
+import aurora
+from benchmarks import common, data, learning
+from benchmarks.data import Snippet
+from benchmarks.learning import ENCODER, Plan, Run
+
+FEW = Plan(2, 24, 20, 1, 8, 6, ("tweets", "movies"))
+
+
+def corpus(name: str) -> list[Snippet]:
+    """120 texts whose first word gives the rating away."""
+    generator = torch.Generator().manual_seed(len(name))
+    texts = []
+    for i in range(120):
+        words = [WORDS[4 * (i % 2)], *(WORDS[j] for j in torch.randint(12, (3,), generator=generator).tolist())]
+        texts.append(Snippet(f"{name}{i}", (-1.0) ** i * (1 + i % 3), " ".join(words)))
+    return texts
+
+
+@pytest.fixture
+def tiny(folder, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    loaded = common.load_encoder(folder)
+    monkeypatch.setattr(learning, "encoder", lambda: loaded)
+    monkeypatch.setattr(data, "load", corpus)
+    learning.sides.cache_clear()
+    yield loaded
+    learning.sides.cache_clear()
+
+
+def reader(tiny) -> common.Reader:
+    torch.manual_seed(0)
+    return common.Reader(copy.deepcopy(tiny[0])).eval()
+
+
+# --- folds -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_folds_share_no_text_and_the_rates_are_chosen_without_the_held_out_one(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(common, "tokenize", lambda tokenizer, snippets: [s.id for s in snippets])
+    learn, development = learning.sides("all", "development", 500, 500)
+    also_learn, held_out = learning.sides("all", "held-out", 500, 500)
+    assert learn == also_learn
+    folds = [set(learn), set(development), set(held_out)]
+    assert sum(map(len, folds)) == len(set().union(*folds)) == 4 * 120
+    assert all(len(fold) > 40 for fold in folds)
+
+
+def test_a_smaller_fold_is_part_of_the_larger(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(common, "tokenize", lambda tokenizer, snippets: [s.id for s in snippets])
+    small, large = (set(learning.sides("tweets", "held-out", n, n)[0]) for n in (20, 500))
+    assert 5 < len(small) < 40
+    assert small < large
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def prepared(tiny, name: str):
+    model, (learn, _) = reader(tiny), learning.sides("tweets", "development", 100, 20)
+    learning.methods()[name].prepare(model, learn.inputs(64), ENCODER)
+    return model, learning.hidden_vectors(model, learn.inputs(64))
+
+
+def test_hidden_vectors_are_a_x_without_padding(tiny) -> None:
+    model, found = prepared(tiny, "AuroRA r=2")
+    learn, _ = learning.sides("tweets", "development", 100, 20)
+    tokens = sum(int(b["attention_mask"].sum()) for b in learn.inputs(64))
+    assert len(found) == 4
+    assert all(z.shape == (2, tokens) for z in found.values())
+    batch = learn.inputs(64, 64)[0]
+    states = model.encoder.embeddings(batch["input_ids"])[batch["attention_mask"].bool()]
+    first = next(iter(found))
+    one = torch.sort(first.A @ states.t(), 1)[0]
+    torch.testing.assert_close(torch.sort(found[first], 1)[0], one)
+
+
+@pytest.mark.parametrize("name", ["try identity", "try identity, grid +-2", "try identity, grid from data"])
+def test_identity_is_the_identity_inside_the_grid(tiny, name: str) -> None:
+    _, found = prepared(tiny, name)
+    for layer in found:
+        low, high = layer.config.grid_range
+        z = torch.linspace(low, high, 50).expand(2, -1)
+        torch.testing.assert_close(layer.anl.columns(z), z, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["try linear beyond the grid", "try linear beyond the grid, summed"])
+def test_linear_beyond_the_grid_is_the_identity_everywhere_and_learns(tiny, name: str) -> None:
+    _, found = prepared(tiny, name)
+    for layer in found:
+        z = torch.linspace(-9, 9, 50).expand(2, -1)
+        torch.testing.assert_close(layer.anl.columns(z, 2.0), 2 * z)
+        layer.anl.columns(z).sum().backward()
+        assert layer.anl.spline_weight.grad.abs().max() > 0
+
+
+def test_a_grid_from_data_covers_nearly_all_hidden_values(tiny) -> None:
+    _, found = prepared(tiny, "try per-channel, grid from data")
+    for layer, z in found.items():
+        beyond = (z.abs() > layer.config.grid_range[1]).double().mean()
+        assert beyond <= 0.002
+        assert (z.abs() > 0.9 * layer.config.grid_range[1]).any()
+
+
+def test_normalised_hidden_values(tiny) -> None:
+    for z in prepared(tiny, "try identity, z normalised")[1].values():
+        torch.testing.assert_close(z.square().mean(1).sqrt(), torch.full((2,), 0.5))
+
+
+def test_every_group_has_its_rate_and_every_parameter_one_group(tiny) -> None:
+    for name, method in learning.methods().items():
+        if name == "PEFT LoRA r=2":
+            pytest.importorskip("peft")
+        model = reader(tiny)
+        method.prepare(model, learning.sides("tweets", "development", 100, 20)[0].inputs(64), ENCODER)
+        groups = learning.groups(model, method, 1e-3)
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert len(rates) == sum(len(g["params"]) for g in groups) == len(trained)
+        for n, p in trained.items():
+            head = n.startswith("head.") and name != "head only"
+            fast = 10.0 if "x 10" in name or "recommended" in name else None
+            if head:
+                assert rates[id(p)] == learning.HEAD_RATE
+            elif fast and n.endswith("spline_weight"):
+                assert rates[id(p)] == pytest.approx(fast * 1e-3)
+            elif n.endswith(".A"):
+                assert rates[id(p)] == 1e-3
+
+
+def test_the_recommended_setting_is_what_the_package_offers(tiny) -> None:
+    model, method = reader(tiny), learning.methods()[learning.RECOMMENDED]
+    method.prepare(model, [], ENCODER)
+    ours = {p: g["lr"] for g in learning.groups(model, method, 1e-3) for p in g["params"]}
+    for group in aurora.parameter_groups(model, 1e-3):
+        adapters = [p for p in group["params"] if p not in set(model.head.parameters())]
+        assert adapters
+        assert {ours[p] for p in adapters} == {group["lr"]}
+    assert all(layer.config.spline == "per-channel" for layer in aurora.core.layers(model).values())
+
+
+def test_peft_trains_the_same_number_as_our_lora(tiny) -> None:
+    pytest.importorskip("peft")
+    count = []
+    for name in ("LoRA r=2", "PEFT LoRA r=2"):
+        model = reader(tiny)
+        learning.methods()[name].prepare(model, [], ENCODER)
+        count.append(sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "head" not in n))
+    assert count[0] == count[1] > 0
+
+
+def test_biases_train_where_they_are_asked_for_and_only_there(tiny) -> None:
+    for name in ("LoRA r=2, biases too", "LoRA r=2"):
+        model = reader(tiny)
+        learning.methods()[name].prepare(model, [], ENCODER)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+        assert len(trained) == (5 if "biases" in name else 1)  # query and value of two layers, and the head
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_repeats_to_the_digit_and_its_line_says_what_it_was(tiny) -> None:
+    run = Run("held-out", "AuroRA r=2", 1e-2, "tweets", 0, 3, 60, 40)
+    one, two = learning.perform(run), learning.perform(run)
+    same = [key for key in one if key != "seconds"]
+    assert [one[key] for key in same] == [two[key] for key in same]
+    assert one["run"] == run.key
+    assert one["corpus"] == "tweets"
+    assert one["adapter"] == 4 * (2 * 64 + 20)
+    assert one["accuracy"] == pytest.approx(one["hits"].count("1") / len(one["hits"]))
+    assert learning.perform(run._replace(seed=1))["loss"] != one["loss"]
+
+
+def test_diagnosis_measures_shares_and_gradients(tiny) -> None:
+    record = learning.perform(Run("diagnosis", "AuroRA r=2", 1e-2, "all", 0, 3, 30, 20))
+    for when in ("start", "end"):
+        shares = [record[when][name] for name in ("constant", "linear", "nonlinear")]
+        assert sum(shares) == pytest.approx(1)
+        assert all(0 <= share <= 1 for share in shares)
+    assert record["start"]["B size"] == record["start"]["anl.H gradient"] == 0  # B = 0 blocks what lies behind it
+    assert record["start"]["B gradient"] > 0
+    assert record["end"]["anl.H gradient"] > 0
+
+
+# --- all runs --------------------------------------------------------------------------------------------------------
+
+
+def lines_of(losses: dict[float, float], name: str = "LoRA r=2", seed: int = 0) -> dict:
+    runs = {FEW.develop(name, lr, seed): loss for lr, loss in losses.items()}
+    return {run.key: {"run": run.key, **run._asdict(), "loss": loss} for run, loss in runs.items()}
+
+
+def test_a_sweep_goes_outwards_until_the_best_rate_is_inside() -> None:
+    assert [run.lr for run in learning.swept(FEW, "LoRA r=2", {})[1]] == [1e-3, 3e-3, 1e-2]
+    down = lines_of({1e-3: 1.0, 3e-3: 2.0, 1e-2: math.nan})
+    assert [run.lr for run in learning.swept(FEW, "LoRA r=2", down)[1]] == [3e-4]
+    up = lines_of({1e-3: 3.0, 3e-3: 2.0, 1e-2: 1.0})
+    assert [run.lr for run in learning.swept(FEW, "LoRA r=2", up)[1]] == [3e-2]
+    done = up | lines_of({3e-2: 1.5})
+    assert learning.swept(FEW, "LoRA r=2", done) == ({1e-3: 3.0, 3e-3: 2.0, 1e-2: 1.0, 3e-2: 1.5}, [])
+
+
+def test_a_sweep_stops_at_the_ends_of_the_grid() -> None:
+    lines, needed = {}, learning.swept(FEW, "LoRA r=2", {})[1]
+    while needed:
+        lines |= lines_of({run.lr: run.lr for run in needed})  # the lower the better, for ever
+        losses, needed = learning.swept(FEW, "LoRA r=2", lines)
+    assert min(losses) == 1e-5
+    assert len(losses) == 7
+
+
+def test_nothing_is_judged_before_its_rate_is_known_nor_twice() -> None:
+    plan = FEW._replace(names=("LoRA r=2", "LoRA r=1"))
+    first = list(learning.pending(plan, {}))
+    assert len(first) == 6
+    assert all(run.side == "development" for run in first)
+    lines = lines_of({1e-3: 2.0, 3e-3: 1.0, 1e-2: 2.0})
+    runs = list(learning.pending(plan, lines))
+    assert [run for run in runs if run.method == "LoRA r=1"] == first[:3]
+    held = [run for run in runs if run.side == "held-out"]
+    assert len(held) == 2 * 3
+    assert {run.lr for run in held} == {3e-3}
+    assert {run.seed for run in held} == {0, 1, 2}
+    assert len({run.key for run in runs}) == len(runs)
+    lines |= {held[0].key: {"run": held[0].key, **held[0]._asdict()}}
+    assert held[0] not in list(learning.pending(plan, lines))
+
+
+def test_settings_that_are_tried_are_never_judged_on_held_out_texts() -> None:
+    lines = {}
+    for name in learning.methods():
+        lines |= lines_of({1e-3: 2.0, 3e-3: 1.0, 1e-2: 2.0}, name)
+    held = {run.method for run in learning.pending(FEW, lines) if run.side == "held-out"}
+    assert held == {name for name in learning.methods() if not name.startswith("try")}
+
+
+def test_rates_are_written_as_one_would() -> None:
+    assert [learning.rate(i) for i in range(-6, -1)] == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def record(name: str, corpus_: str, seed: int, hits: str, pearson: float, lr: float = 3e-3) -> dict:
+    run = FEW.judge(name, lr, corpus_, seed)
+    known = {"adapter": 100, "accuracy": hits.count("1") / len(hits), "pearson": pearson, "loss": 1.0, "hits": hits}
+    return {"run": run.key, **run._asdict(), **known}
+
+
+def test_errors_count_texts_and_seeds() -> None:
+    ours = {("tweets", s): record("a", "tweets", s, hits, 0.5) for s, hits in enumerate(["1101", "1001"])}
+    theirs = {("tweets", s): record("b", "tweets", s, hits, 0.4) for s, hits in enumerate(["1001", "1000"])}
+    gap = learning.accuracy(ours, theirs)
+    texts = np.array([[0, 1, 0, 0], [0, 0, 0, 1]])
+    expected = texts.mean(0).var(ddof=1) / 4 + texts.mean(1).var(ddof=1) / 2
+    assert gap.mean == pytest.approx(0.25)
+    assert gap.error == pytest.approx(math.sqrt(expected))
+    assert learning.accuracy(ours).mean == pytest.approx(0.625)
+    assert learning.pearson(ours, theirs).mean == pytest.approx(0.1)
+
+
+def test_a_mean_over_corpora_has_the_error_of_a_mean() -> None:
+    one = {("tweets", 0): record("a", "tweets", 0, "1100", 0.5)}
+    both = one | {("movies", 0): record("a", "movies", 0, "1100", 0.5)}
+    assert learning.accuracy(both).error == pytest.approx(learning.accuracy(one).error / math.sqrt(2))
+
+
+def test_only_runs_that_both_have_are_compared() -> None:
+    ours = {("tweets", s): record("a", "tweets", s, "11", 0.5) for s in (0, 1)}
+    theirs = {("tweets", 1): record("b", "tweets", 1, "10", 0.5)}
+    assert learning.accuracy(ours, theirs).mean == 0.5
+    assert math.isnan(learning.accuracy(ours, {}).mean)
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_the_report_says_whether_aurora_loses(tmp_path, worse: bool) -> None:
+    names = ("LoRA r=2", "LoRA r=8", "AuroRA r=2", learning.RECOMMENDED)
+    good, bad = "1" * 60 + "0" * 20, "1" * 30 + "0" * 50
+    lines: dict = {}
+    for name in names:
+        lines |= lines_of({1e-3: 2.0, 3e-3: 1.0, 1e-2: 2.0}, name)
+        for corpus_ in FEW.corpora:
+            for seed in range(3):
+                hits = bad if worse == name.startswith("AuroRA") else good
+                r = record(name, corpus_, seed, hits, 0.5)
+                lines[r["run"]] = r
+    text = learning.report(tmp_path, FEW._replace(names=names), lines).read_text(encoding="utf-8")
+    told = next(line for line in text.splitlines() if line.startswith("AuroRA loses"))
+    assert ("nowhere" in told) != worse
+    assert ("-37.50" if worse else "+37.50") in text
+    assert (tmp_path / "learning.png").stat().st_size > 1000
+    assert "| LoRA r=2 " in text
+    assert "0.003" in text
+
+
+# --- lines and processes ---------------------------------------------------------------------------------------------
+
+
+def test_a_line_cut_off_by_a_crash_is_done_again(tmp_path) -> None:
+    path = tmp_path / "runs.jsonl"
+    common.append(path, {"run": "a", "x": 1})
+    with path.open("a") as file:
+        file.write('{"run": "b", "x"')
+    assert list(common.lines(path)) == ["a"]
+    common.append(path, {"run": "b", "x": 2})
+    assert common.lines(path)["b"] == {"run": "b", "x": 2}
+
+
+def square(n: int) -> dict:
+    return {"run": str(n), "square": n * n}
+
+
+def test_runs_are_done_once_at_most_in_time_and_go_on_later(tmp_path) -> None:
+    path = tmp_path / "runs.jsonl"
+    common.append(path, {"run": "1", "square": -1})
+
+    def pending(lines):
+        return (n for n in range(4) if str(n) not in lines)
+
+    assert list(common.perform(path, pending, square, jobs=2, minutes=0)) == ["1"]
+    found = common.perform(path, pending, square, jobs=2)
+    assert {int(run): r["square"] for run, r in found.items()} == {0: 0, 1: -1, 2: 4, 3: 9}
