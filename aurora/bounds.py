@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aurora import core
+from aurora import core, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,16 +375,10 @@ def _measure(model: nn.Module, inputs: Any) -> list[tuple[str, _Measured]]:
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-            module.training = False
+        undo.enter_context(training.evaluating(model))
         for name, layer in layers.items():
             undo.callback(layer.register_forward_hook(functools.partial(record, name)).remove)
-        if isinstance(inputs, Mapping):
-            output = model(**inputs)
-        else:
-            output = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-        ends = [end for end in _leaves(output) if end.requires_grad]
+        ends = [end for end in _leaves(training.call(model, inputs)) if end.requires_grad]
         made = [(name, x, out) for name, x, out in calls if out.requires_grad and x.numel()]
         if not ends or not made:
             raise ValueError("no output depends on an adapter that ran; give the model itself, not a compiled one")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aurora import core
+from aurora import core, training
 
 METHODS = ("static", "linear", "calibrated")
 
@@ -152,36 +152,19 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Moments]:
 
         return hook
 
-    with torch.no_grad(), _evaluating(model), contextlib.ExitStack() as undo:
+    with torch.no_grad(), training.evaluating(model), contextlib.ExitStack() as undo:
         for name, layer in layers.items():
             undo.callback(layer.register_forward_pre_hook(watch(layer, name), with_kwargs=True).remove)
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             mask = mask if mask is not None and mask.dim() == 2 else None
-            _run(model, batch)
+            training.call(model, batch)
     for name, moments in found.items():
         if not moments.count:
             raise ValueError(f"{name} never ran on the batches, so there is nothing to calibrate it with")
         if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
             raise ValueError(f"{name} saw NaN or infinity on the batches; check them, or the adapter")
     return found
-
-
-def _run(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 # --- The report ------------------------------------------------------------------------------------------------------
@@ -323,7 +306,7 @@ def merge(
     for name, layer in layers.items():
         # A layer whose class knows no bias would not apply one.
         constant = _bias(layer.base) is not None or (bias and "bias" in layer.base._parameters)
-        fits = {m: fit(layer, m, seen.get(name), constant) for m in METHODS if m != "calibrated" or name in seen}
+        fits = {m: fit(layer, m, seen.get(name), constant) for m in (METHODS if name in judged else (method,))}
         B = layer.B.detach().cpu().double()
         errors = {m: f.error(judged[name], B) for m, f in fits.items()} if name in judged else {}
         if tolerance is not None and errors[method] > tolerance:

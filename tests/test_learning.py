@@ -15,7 +15,7 @@ from benchmarks import common, data, learning
 from benchmarks.data import Snippet
 from benchmarks.learning import ENCODER, Plan, Run
 
-FEW = Plan(2, 24, 20, 1, 8, 6, ("tweets", "movies"))
+FEW = Plan(2, 24, 20, 1, 8, 6)
 
 
 def corpus(name: str) -> list[Snippet]:
@@ -46,10 +46,15 @@ def reader(tiny) -> common.Reader:
 # --- folds -----------------------------------------------------------------------------------------------------------
 
 
+def ids(side: str, count: int) -> tuple[list[str], list[str]]:
+    learn, judged = learning.sides(side, count, count)
+    return learn, [id_ for part in judged.values() for id_ in part]  # type: ignore[return-value]
+
+
 def test_the_folds_share_no_text_and_the_rates_are_chosen_without_the_held_out_one(tiny, monkeypatch) -> None:
     monkeypatch.setattr(common, "tokenize", lambda tokenizer, snippets: [s.id for s in snippets])
-    learn, development = learning.sides("all", "development", 500, 500)
-    also_learn, held_out = learning.sides("all", "held-out", 500, 500)
+    learn, development = ids("development", 500)
+    also_learn, held_out = ids("held-out", 500)
     assert learn == also_learn
     folds = [set(learn), set(development), set(held_out)]
     assert sum(map(len, folds)) == len(set().union(*folds)) == 4 * 120
@@ -58,8 +63,8 @@ def test_the_folds_share_no_text_and_the_rates_are_chosen_without_the_held_out_o
 
 def test_a_smaller_fold_is_part_of_the_larger(tiny, monkeypatch) -> None:
     monkeypatch.setattr(common, "tokenize", lambda tokenizer, snippets: [s.id for s in snippets])
-    small, large = (set(learning.sides("tweets", "held-out", n, n)[0]) for n in (20, 500))
-    assert 5 < len(small) < 40
+    small, large = (set(ids("held-out", n)[0]) for n in (20, 500))
+    assert 20 < len(small) < 160
     assert small < large
 
 
@@ -67,14 +72,14 @@ def test_a_smaller_fold_is_part_of_the_larger(tiny, monkeypatch) -> None:
 
 
 def prepared(tiny, name: str):
-    model, (learn, _) = reader(tiny), learning.sides("tweets", "development", 100, 20)
+    model, (learn, _) = reader(tiny), learning.sides("development", 25, 5)
     learning.methods()[name].prepare(model, learn.inputs(64), ENCODER)
     return model, learning.hidden_vectors(model, learn.inputs(64))
 
 
 def test_hidden_vectors_are_a_x_without_padding(tiny) -> None:
     model, found = prepared(tiny, "AuroRA r=2")
-    learn, _ = learning.sides("tweets", "development", 100, 20)
+    learn, _ = learning.sides("development", 25, 5)
     tokens = sum(int(b["attention_mask"].sum()) for b in learn.inputs(64))
     assert len(found) == 4
     assert all(z.shape == (2, tokens) for z in found.values())
@@ -122,7 +127,7 @@ def test_every_group_has_its_rate_and_every_parameter_one_group(tiny) -> None:
         if name == "PEFT LoRA r=2":
             pytest.importorskip("peft")
         model = reader(tiny)
-        method.prepare(model, learning.sides("tweets", "development", 100, 20)[0].inputs(64), ENCODER)
+        method.prepare(model, learning.sides("development", 25, 5)[0].inputs(64), ENCODER)
         groups = learning.groups(model, method, 1e-3)
         rates = {id(p): group["lr"] for group in groups for p in group["params"]}
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -171,14 +176,18 @@ def test_biases_train_where_they_are_asked_for_and_only_there(tiny) -> None:
 
 
 def test_a_run_repeats_to_the_digit_and_its_line_says_what_it_was(tiny) -> None:
-    run = Run("held-out", "AuroRA r=2", 1e-2, "tweets", 0, 3, 60, 40)
+    run = Run("held-out", "AuroRA r=2", 1e-2, "all", 0, 3, 20, 20)
     one, two = learning.perform(run), learning.perform(run)
     same = [key for key in one if key != "seconds"]
     assert [one[key] for key in same] == [two[key] for key in same]
     assert one["run"] == run.key
-    assert one["corpus"] == "tweets"
+    assert one["method"] == "AuroRA r=2"
     assert one["adapter"] == 4 * (2 * 64 + 20)
-    assert one["accuracy"] == pytest.approx(one["hits"].count("1") / len(one["hits"]))
+    hits = [scores["hits"] for scores in one["corpora"].values()]
+    assert list(one["corpora"]) == list(data.CORPORA)
+    assert one["accuracy"] == pytest.approx("".join(hits).count("1") / len("".join(hits)))
+    for scores in one["corpora"].values():
+        assert scores["accuracy"] == pytest.approx(scores["hits"].count("1") / len(scores["hits"]))
     assert learning.perform(run._replace(seed=1))["loss"] != one["loss"]
 
 
@@ -196,71 +205,99 @@ def test_diagnosis_measures_shares_and_gradients(tiny) -> None:
 # --- all runs --------------------------------------------------------------------------------------------------------
 
 
-def lines_of(losses: dict[float, float], name: str = "LoRA r=2", seed: int = 0) -> dict:
-    runs = {FEW.develop(name, lr, seed): loss for lr, loss in losses.items()}
+def lines_of(losses: dict[int, float], name: str = "LoRA r=2", full: bool = False) -> dict:
+    make = FEW.develop if full else FEW.attempt
+    runs = {make(name, learning.rate(i)): loss for i, loss in losses.items()}
     return {run.key: {"run": run.key, **run._asdict(), "loss": loss} for run, loss in runs.items()}
 
 
+VALLEY = {-12: 2.0, -10: 1.0, -8: 2.0}  # 1e-3, 3e-3, 1e-2
+NARROW = {-12: 3.0, -11: 2.0, -10: 3.0}
+
+
+def rates(needed: list[Run]) -> list[float]:
+    return [run.lr for run in needed]
+
+
 def test_a_sweep_goes_outwards_until_the_best_rate_is_inside() -> None:
-    assert [run.lr for run in learning.swept(FEW, "LoRA r=2", {})[1]] == [1e-3, 3e-3, 1e-2]
-    down = lines_of({1e-3: 1.0, 3e-3: 2.0, 1e-2: math.nan})
-    assert [run.lr for run in learning.swept(FEW, "LoRA r=2", down)[1]] == [3e-4]
-    up = lines_of({1e-3: 3.0, 3e-3: 2.0, 1e-2: 1.0})
-    assert [run.lr for run in learning.swept(FEW, "LoRA r=2", up)[1]] == [3e-2]
-    done = up | lines_of({3e-2: 1.5})
-    assert learning.swept(FEW, "LoRA r=2", done) == ({1e-3: 3.0, 3e-3: 2.0, 1e-2: 1.0, 3e-2: 1.5}, [])
+    assert rates(learning.sweeps(FEW, "LoRA r=2", {})[1]) == [1e-3, 3e-3, 1e-2]
+    down = lines_of({-12: 1.0, -10: 2.0, -8: math.nan})
+    assert rates(learning.sweeps(FEW, "LoRA r=2", down)[1]) == [3e-4]
+    up = lines_of({-12: 3.0, -10: 2.0, -8: 1.0})
+    assert rates(learning.sweeps(FEW, "LoRA r=2", up)[1]) == [3e-2]
+    found, needed = learning.sweeps(FEW, "try identity", lines_of(VALLEY, "try identity"))
+    assert (found, needed) == ([VALLEY], [])  # what is only tried has no runs of full length
 
 
-def test_a_sweep_stops_at_the_ends_of_the_grid() -> None:
-    lines, needed = {}, learning.swept(FEW, "LoRA r=2", {})[1]
-    while needed:
-        lines |= lines_of({run.lr: run.lr for run in needed})  # the lower the better, for ever
-        losses, needed = learning.swept(FEW, "LoRA r=2", lines)
-    assert min(losses) == 1e-5
-    assert len(losses) == 7
+def test_full_length_starts_from_what_the_short_runs_found_and_goes_on_likewise() -> None:
+    short = lines_of(VALLEY)
+    found, needed = learning.sweeps(FEW, "LoRA r=2", short)
+    assert found == [VALLEY]
+    assert rates(needed) == [1e-3, 1.8e-3, 3e-3]
+    assert all(run.steps == FEW.steps and run.side == "development" for run in needed)
+    low = short | lines_of({-12: 1.0, -11: 2.0, -10: 3.0}, full=True)
+    assert rates(learning.sweeps(FEW, "LoRA r=2", low)[1]) == [5.6e-4]
+    assert learning.sweeps(FEW, "LoRA r=2", short | lines_of(NARROW, full=True)) == ([VALLEY, NARROW], [])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sweep_stops_at_the_ends_of_the_grid(sign: int) -> None:
+    lines: dict = {}
+    for full in (False, True):
+        for _ in range(20):
+            found, needed = learning.sweeps(FEW, "LoRA r=2", lines)
+            if len(found) > full or not needed:
+                break
+            lines |= {run.key: {**run._asdict(), "loss": sign * run.lr} for run in needed}
+    end = {1: 1e-5, -1: 1e-1}[sign]
+    assert [learning.best_rate(losses) for losses in learning.sweeps(FEW, "LoRA r=2", lines)[0]] == [end, end]
 
 
 def test_nothing_is_judged_before_its_rate_is_known_nor_twice() -> None:
     plan = FEW._replace(names=("LoRA r=2", "LoRA r=1"))
     first = list(learning.pending(plan, {}))
-    assert len(first) == 6
+    assert [run.method for run in first] == 3 * ["LoRA r=2"] + 3 * ["LoRA r=1"]  # those with the most seeds first
     assert all(run.side == "development" for run in first)
-    lines = lines_of({1e-3: 2.0, 3e-3: 1.0, 1e-2: 2.0})
+    lines = lines_of(VALLEY) | lines_of(NARROW, full=True)
     runs = list(learning.pending(plan, lines))
-    assert [run for run in runs if run.method == "LoRA r=1"] == first[:3]
+    assert runs[:3] == first[3:]
     held = [run for run in runs if run.side == "held-out"]
-    assert len(held) == 2 * 3
-    assert {run.lr for run in held} == {3e-3}
-    assert {run.seed for run in held} == {0, 1, 2}
+    assert {run.lr for run in held} == {1.8e-3}
+    assert [run.seed for run in held] == [0, 1, 2, 3, 4]
     assert len({run.key for run in runs}) == len(runs)
     lines |= {held[0].key: {"run": held[0].key, **held[0]._asdict()}}
     assert held[0] not in list(learning.pending(plan, lines))
 
 
 def test_settings_that_are_tried_are_never_judged_on_held_out_texts() -> None:
-    lines = {}
+    lines: dict = {}
     for name in learning.methods():
-        lines |= lines_of({1e-3: 2.0, 3e-3: 1.0, 1e-2: 2.0}, name)
+        lines |= lines_of(VALLEY, name) | lines_of(NARROW, name, full=True)
     held = {run.method for run in learning.pending(FEW, lines) if run.side == "held-out"}
     assert held == {name for name in learning.methods() if not name.startswith("try")}
 
 
+def test_the_language_model_is_asked_for() -> None:
+    assert not any(run.side == "language" for run in learning.pending(FEW, {}))
+    runs = [run for run in learning.pending(FEW, {}, language=True) if run.side == "language"]
+    assert {run.method for run in runs} == set(learning.LEARNT)
+
+
 def test_rates_are_written_as_one_would() -> None:
-    assert [learning.rate(i) for i in range(-6, -1)] == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+    assert [learning.rate(i) for i in range(-12, -3)] == [1e-3, 1.8e-3, 3e-3, 5.6e-3, 1e-2, 1.8e-2, 3e-2, 5.6e-2, 1e-1]
+    assert (learning.rate(learning.LOWEST), learning.rate(learning.HIGHEST)) == (1e-5, 1e-1)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def record(name: str, corpus_: str, seed: int, hits: str, pearson: float, lr: float = 3e-3) -> dict:
-    run = FEW.judge(name, lr, corpus_, seed)
-    known = {"adapter": 100, "accuracy": hits.count("1") / len(hits), "pearson": pearson, "loss": 1.0, "hits": hits}
-    return {"run": run.key, **run._asdict(), **known}
+def record(corpus: str, seed: int, hits: str, pearson: float) -> dict:
+    return {"adapter": 100, "lr": 1e-3, "corpus": corpus, "seed": seed, "pearson": pearson, "hits": hits}
 
 
 def test_errors_count_texts_and_seeds() -> None:
-    ours = {("tweets", s): record("a", "tweets", s, hits, 0.5) for s, hits in enumerate(["1101", "1001"])}
-    theirs = {("tweets", s): record("b", "tweets", s, hits, 0.4) for s, hits in enumerate(["1001", "1000"])}
+    ours = {("tweets", s): record("tweets", s, hits, 0.5) for s, hits in enumerate(["1101", "1001"])}
+    theirs = {("tweets", s): record("tweets", s, hits, 0.4) for s, hits in enumerate(["1001", "1000"])}
     gap = learning.accuracy(ours, theirs)
     texts = np.array([[0, 1, 0, 0], [0, 0, 0, 1]])
     expected = texts.mean(0).var(ddof=1) / 4 + texts.mean(1).var(ddof=1) / 2
@@ -271,37 +308,37 @@ def test_errors_count_texts_and_seeds() -> None:
 
 
 def test_a_mean_over_corpora_has_the_error_of_a_mean() -> None:
-    one = {("tweets", 0): record("a", "tweets", 0, "1100", 0.5)}
-    both = one | {("movies", 0): record("a", "movies", 0, "1100", 0.5)}
+    one = {("tweets", 0): record("tweets", 0, "1100", 0.5)}
+    both = one | {("movies", 0): record("movies", 0, "1100", 0.5)}
     assert learning.accuracy(both).error == pytest.approx(learning.accuracy(one).error / math.sqrt(2))
 
 
 def test_only_runs_that_both_have_are_compared() -> None:
-    ours = {("tweets", s): record("a", "tweets", s, "11", 0.5) for s in (0, 1)}
-    theirs = {("tweets", 1): record("b", "tweets", 1, "10", 0.5)}
+    ours = {("tweets", s): record("tweets", s, "11", 0.5) for s in (0, 1)}
+    theirs = {("tweets", 1): record("tweets", 1, "10", 0.5)}
     assert learning.accuracy(ours, theirs).mean == 0.5
     assert math.isnan(learning.accuracy(ours, {}).mean)
 
 
 @pytest.mark.parametrize("worse", [False, True])
 def test_the_report_says_whether_aurora_loses(tmp_path, worse: bool) -> None:
-    names = ("LoRA r=2", "LoRA r=8", "AuroRA r=2", learning.RECOMMENDED)
-    good, bad = "1" * 60 + "0" * 20, "1" * 30 + "0" * 50
+    names = ("LoRA r=2", "LoRA r=8", "AuroRA r=2", learning.RECOMMENDED, "try identity")
+    plan, good, bad = FEW._replace(names=names), "1" * 60 + "0" * 20, "1" * 30 + "0" * 50
     lines: dict = {}
     for name in names:
-        lines |= lines_of({1e-3: 2.0, 3e-3: 1.0, 1e-2: 2.0}, name)
-        for corpus_ in FEW.corpora:
-            for seed in range(3):
-                hits = bad if worse == name.startswith("AuroRA") else good
-                r = record(name, corpus_, seed, hits, 0.5)
-                lines[r["run"]] = r
-    text = learning.report(tmp_path, FEW._replace(names=names), lines).read_text(encoding="utf-8")
+        lines |= lines_of(VALLEY, name) | lines_of(NARROW, name, full=True)
+        hits = bad if worse == name.startswith("AuroRA") else good
+        for seed in range(3):
+            run = plan.judge(name, 1.8e-3, seed)
+            scores = {corpus: {"hits": hits, "pearson": 0.5, "accuracy": 0.5} for corpus in data.CORPORA}
+            lines[run.key] = {"run": run.key, **run._asdict(), "adapter": 100, "corpora": scores}
+    text = learning.report(tmp_path, plan, lines).read_text(encoding="utf-8")
     told = next(line for line in text.splitlines() if line.startswith("AuroRA loses"))
     assert ("nowhere" in told) != worse
     assert ("-37.50" if worse else "+37.50") in text
     assert (tmp_path / "learning.png").stat().st_size > 1000
     assert "| LoRA r=2 " in text
-    assert "0.003" in text
+    assert "| try identity " in text
 
 
 # --- lines and processes ---------------------------------------------------------------------------------------------
