@@ -15,7 +15,7 @@ from aurora.core import (
     parameters,
     remove,
 )
-from aurora.training import parameter_groups
+from aurora.training import parameter_groups, start_as_identity
 
 if TYPE_CHECKING:
     from aurora.bounds import BoundsReport, Certificate, assert_bounded, certify, report_bounds
@@ -43,6 +43,7 @@ __all__ = [
     "remove",
     "report_bounds",
     "save",
+    "start_as_identity",
     "watch_linearity",
 ]
 

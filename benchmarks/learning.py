@@ -100,7 +100,8 @@ def adapted(
     """AuroRA; each of `start` then changes every layer in turn, knowing a sample of its hidden vectors z (r, N)."""
 
     def prepare(model: nn.Module, inputs: Inputs, place: Place) -> None:
-        aurora.inject(model, place.targets, rank, alpha=2.0 * rank, train=place.trained(biases), **options)
+        chosen = {"alpha": 2.0 * rank, "train": place.trained(biases), **options}
+        aurora.inject(model, place.targets, rank, **chosen)
         if start:
             for layer, z in hidden_vectors(model, inputs).items():
                 for change in start:
@@ -127,15 +128,9 @@ def hidden_vectors(model: nn.Module, inputs: Inputs) -> dict[core.AuroraLinear, 
     return {layer: torch.cat(seen, 1) for layer, seen in found.items()}
 
 
-@torch.no_grad()
 def identity(layer: core.AuroraLinear, _: Tensor) -> None:
-    """Per-channel splines that are the identity inside the grid, H = 0: AuroRA starts as LoRA there."""
-    c = layer.config
-    places = (torch.arange(c.grid_size + c.spline_order) + (1 - c.spline_order) / 2) / c.cells_per_unit
-    assert layer.anl.spline_weight is not None
-    layer.anl.spline_weight.copy_((c.grid_range[0] + places).expand_as(layer.anl.spline_weight))
-    if layer.anl.H is not None:
-        layer.anl.H.zero_()
+    """Start as LoRA inside the grid."""
+    aurora.start_as_identity(layer)
 
 
 @torch.no_grad()
@@ -194,7 +189,7 @@ def methods() -> dict[str, Method]:
         found[f"AuroRA r={rank}"] = adapted(rank, 5 if rank == 2 else 1)
         found[f"AuroRA r={rank} per-channel"] = adapted(rank, 5 if rank == 2 else 1, **per_channel)
     return found | {
-        RECOMMENDED: adapted(2, 5, factors={r"\.anl\.": 10.0}, **per_channel),
+        RECOMMENDED: adapted(2, 5, identity, factors={r"\.anl\.": 10.0}, **per_channel),
         "LoRA r=2, biases too": lora(2, 5, biases=True),
         "AuroRA r=2 static": adapted(2, mode="static"),
         "AuroRA r=2 without F": adapted(2, fixed=False),
@@ -207,7 +202,7 @@ def methods() -> dict[str, Method]:
         "try identity, grid from data": adapted(2, 0, fit_grid, identity, **per_channel),
         "try identity, z normalised": adapted(2, 0, normalise, identity, **per_channel),
         "try identity, w and H x 0.1": adapted(2, 0, identity, factors={r"\.anl\.": 0.1}, **per_channel),
-        "try identity, w and H x 10": adapted(2, 0, identity, factors={r"\.anl\.": 10.0}, **per_channel),
+        "try per-channel, w and H x 10": adapted(2, 0, factors={r"\.anl\.": 10.0}, **per_channel),
         "try identity, B x 8": adapted(2, 0, identity, factors={r"\.B$": 8.0}, **per_channel),
         "try linear beyond the grid": adapted(2, 0, add_identity, **per_channel),
         "try linear beyond the grid, summed": adapted(2, 0, add_identity),
@@ -232,6 +227,10 @@ def methods() -> dict[str, Method]:
             2, 0, factors={r"\.anl\.": 10.0}, biases=True, **per_channel
         ),
         "try per-channel, biases too": adapted(2, 0, biases=True, **per_channel),
+        "try per-channel, alpha x 4, w and H x 10": adapted(
+            2, 0, factors={r"\.anl\.": 10.0}, alpha=16.0, **per_channel
+        ),
+        "try per-channel, B x 4, w and H x 10": adapted(2, 0, factors={r"\.anl\.": 10.0, r"\.B$": 4.0}, **per_channel),
         "try LoRA r=8, biases too": lora(8, 0, biases=True),
         "try LoRA r=2, B x 8": lora(2, 0, B=8.0),
         "try LoRA r=8, B x 8": lora(8, 0, B=8.0),
@@ -420,9 +419,9 @@ class Plan(NamedTuple):
         """A short run on the development fold."""
         return Run("development", name, lr, "all", seed, self.try_steps, self.try_texts, self.try_held)
 
-    def develop(self, name: str, lr: float) -> Run:
+    def develop(self, name: str, lr: float, seed: int = 0) -> Run:
         """A run of full length on the development fold."""
-        return Run("development", name, lr, "all", 0, self.steps, self.texts, self.try_held)
+        return Run("development", name, lr, "all", seed, self.steps, self.texts, self.try_held)
 
     def judge(self, name: str, lr: float, seed: int) -> Run:
         """A run on the held-out folds."""
@@ -462,7 +461,7 @@ def sweeps(plan: Plan, name: str, lines: Mapping[str, Record]) -> tuple[list[Los
     only tried has none of these.
     """
     short, needed = swept(lambda lr: plan.attempt(name, lr), [-12, -10, -8], 2, lines)
-    if needed or not methods()[name].seeds:
+    if needed or not (methods()[name].seeds or name in FINALISTS):
         return ([short] if short else []), needed
     i = max(min(short, key=short.__getitem__), LOWEST + 2)
     full, needed = swept(lambda lr: plan.develop(name, lr), [i - 2, i - 1, i], 1, lines)
@@ -478,6 +477,16 @@ AGAINST = ("LoRA r=2", "LoRA r=8", "LoRA r=2, biases too")
 LEARNT = ("LoRA r=2", "LoRA r=8", RECOMMENDED, "AuroRA r=8")  # by the language model
 INSIDE = ("AuroRA r=2", "AuroRA r=2 per-channel", RECOMMENDED)
 QUICK = Plan(10, 100, 60, 4, 60, 30, ("head only", "LoRA r=2", "LoRA r=8", "AuroRA r=2", RECOMMENDED))
+
+
+FINALISTS = (  # settings that are also tried at full length
+    "try summed, w and H x 10",
+    "try per-channel, w and H x 10",
+    "try per-channel, w and H x 3",
+    "try per-channel, w and H x 10, biases too",
+    "try per-channel, alpha x 4, w and H x 10",
+    "try per-channel, B x 4, w and H x 10",
+)
 
 
 def compared(name: str) -> bool:
@@ -497,6 +506,8 @@ def pending(plan: Plan, lines: Mapping[str, Record], language: bool = False) -> 
             later.append(plan.attempt(name, best_rate(found[0]), 1))
         if found and name in INSIDE:
             later.append(plan.attempt(name, best_rate(found[0]))._replace(side="diagnosis"))
+        if len(found) == 2 and compared(name):
+            later.append(plan.develop(name, best_rate(found[1]), 1))
         if len(found) == 2:
             ready[name] = best_rate(found[1])
     for seed in range(5):
@@ -610,21 +621,22 @@ def losses_table(found: Judged) -> str:
 
 
 def rates_table(plan: Plan, lines: Mapping[str, Record], full: bool) -> str:
-    """Development loss by learning rate, of the full or of the short runs; of these, at the best rate, also the mean
-    over two seeds of the settings that are compared."""
+    """Development loss by learning rate, of the full or of the short runs; of the settings that are compared also the
+    means over two seeds, at the best rate."""
     found = {name: losses[full] for name in plan.chosen() if len(losses := sweeps(plan, name, lines)[0]) > full}
     places, rows = sorted({i for losses in found.values() for i in losses}), []
     for name, losses in found.items():
         cells = [f"{losses[i]:.3f}" if i in losses else "" for i in places]
-        seeds = (plan.attempt(name, best_rate(losses), seed).key for seed in range(2))
+        make = plan.develop if full else plan.attempt
+        seeds = (make(name, best_rate(losses), seed).key for seed in range(2))
         both = [lines[key] for key in seeds if key in lines]
         told = ["", ""]
         if len(both) == 2:
             score = 50 * statistics.fmean(r["accuracy"] + r["pearson"] for r in both)
             told = [f"{statistics.fmean(r['loss'] for r in both):.4f}", f"{score:.2f}"]
-        rows.append([name, *cells, *([] if full else told)])
+        rows.append([name, *cells, *told])
     header = [f"development loss, {plan.steps if full else plan.try_steps} steps", *(f"{rate(i):g}" for i in places)]
-    return common.markdown_table([*header, *([] if full else ["2 seeds", "(accuracy + Pearson) / 2"])], rows)
+    return common.markdown_table([*header, "2 seeds", "(accuracy + Pearson) / 2"], rows)
 
 
 def diagnosis_table(lines: Mapping[str, Record]) -> str:

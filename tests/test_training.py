@@ -53,3 +53,63 @@ def test_bad_rates_are_refused_by_name(bad: dict[str, float]) -> None:
 def test_a_model_without_adapters_is_refused() -> None:
     with pytest.raises(ValueError, match="no AuroRA adapters"):
         aurora.parameter_groups(nn.Sequential(nn.Linear(2, 2)), 1e-3)
+
+
+# --- the start as LoRA -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", range(1, 9))
+@pytest.mark.parametrize("grid_range", [(-1.0, 1.0), (-3.0, 0.5)])
+def test_it_starts_as_the_identity_on_the_whole_grid(order: int, grid_range: tuple[float, float]) -> None:
+    model = nn.Sequential(nn.Linear(4, 3, dtype=torch.float64))
+    options: dict[str, Any] = {"spline": "per-channel", "spline_order": order, "grid_range": grid_range}
+    aurora.inject(model, "0", 2, **options)
+    aurora.start_as_identity(model)
+    z = torch.linspace(*grid_range, 101, dtype=torch.float64).expand(2, -1)
+    torch.testing.assert_close(model[0].anl.columns(z), z, atol=1e-12, rtol=0)
+    beyond = model[0].anl.columns(z + 20)
+    assert beyond.abs().max() == 0  # and nothing far outside
+
+
+def test_it_then_computes_and_learns_as_lora_and_the_nonlinearity_with_it() -> None:
+    model = build(spline="per-channel")
+    x, layer = torch.randn(50, 6), model["one"]
+    layer.A.data.mul_(0.5 / (x @ layer.A.t()).abs().max())
+    before = layer(x)
+    aurora.start_as_identity(model)
+    assert torch.equal(layer(x), before)
+    nn.init.normal_(layer.B)
+    torch.testing.assert_close(layer(x), layer.base(x) + layer.scaling * x @ layer.A.t() @ layer.B.t())
+    layer(x).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in layer.adapter_parameters().values())
+
+
+@pytest.mark.parametrize("options", [{}, {"spline": "per-channel", "learnable": False}])
+def test_a_layer_without_splines_per_channel_is_refused_and_nothing_changes(options: dict[str, Any]) -> None:
+    model = build(**options)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match='(one|two) has no spline per channel: inject with spline="per-channel"'):
+        aurora.start_as_identity(model)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_trained_layer_is_refused_before_any_other_is_changed() -> None:
+    model = build(spline="per-channel")
+    *others, last = aurora.core.layers(model).values()
+    nn.init.ones_(last.B)
+    before = others[0].anl.spline_weight.clone()
+    with pytest.raises(ValueError, match="has been trained already"):
+        aurora.start_as_identity(model)
+    assert torch.equal(others[0].anl.spline_weight, before)
+
+
+def test_it_works_without_f_on_meta_and_in_half_precision() -> None:
+    aurora.start_as_identity(build(spline="per-channel", fixed=False))
+    with torch.device("meta"):
+        meta = nn.Sequential(nn.Linear(4, 3))
+    aurora.inject(meta, "0", 2, spline="per-channel")
+    aurora.start_as_identity(meta)
+    half = build(spline="per-channel").bfloat16()
+    aurora.start_as_identity(half)
+    z = torch.linspace(-1, 1, 9).expand(2, -1)
+    torch.testing.assert_close(half["one"].anl.columns(z), z, atol=0.02, rtol=0)
