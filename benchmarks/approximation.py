@@ -447,7 +447,8 @@ def draw(path: Path, parts: Mapping[str, Sequence[Record]]) -> None:
                 line = sorted({(2 * WIDTH * r["equal rank"], r[key]) for r in found})
                 axis.loglog(*zip(*line, strict=True), "s--", label=label) if line else None
             axis.set(title=target, xlabel="parameters", ylabel="relative squared error")
-            axis.legend(fontsize="x-small")
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize="x-small")
         for (method, order), group in sorted(_grids(parts["grid"]).items()):
             line = sorted((n, r["error"]) for n, r in group.items())
             style = "o-" if method == "per-channel" else "x:"
@@ -509,24 +510,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks approximation", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="rank 2 on made-up inputs only")
+    add("--quick", action="store_true", help="of what is missing, only rank 2 on made-up inputs")
     common.add_sweep_options(add, "approximation")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> None:
     """Fit what has no line yet, then print and write the report."""
-    options = parse(argv)
-    runs = plan(options.quick)
+    options, every = parse(argv), plan(quick=False)
+    runs = plan(quick=True) if options.quick else every
 
     def pending(lines: Mapping[str, Record]) -> Iterator[Run]:
         return (run for run in runs if run.key not in lines)
 
     path = options.out / "approximation.jsonl"
     lines = common.perform(path, pending, perform, options.jobs, options.minutes)
-    found = [lines[run.key] for run in runs if run.key in lines]
+    found = [lines[run.key] for run in every if run.key in lines]
     if not found:
         raise common.BenchmarkError(f"{path} holds no run yet: give it more --minutes")
     written = report(options.out, found)
     print(written.read_text(encoding="utf-8"))
-    print(f"{len(found)} of {len(runs)} fits, written to {written}")
+    print(f"{len(found)} of {len(every)} fits, written to {written}")

@@ -38,10 +38,21 @@ Inputs = list[dict[str, Tensor]]
 
 
 class Place(NamedTuple):
-    """Regexes of the layers to adapt and of the other parameters that train."""
+    """Regexes of the layers to adapt and of other parameters that train. seed: of every A, if it shall be shared."""
 
     targets: str
     train: str | None
+    seed: int | None = None
+
+    @torch.no_grad()
+    def share(self, model: nn.Module) -> None:
+        """Draw every A anew, layer by layer from a seed of its own, so that methods of a rank start with the same, and
+        that of a smaller rank is part of that of a larger."""
+        found = [p for name, p in model.named_parameters() if re.search(r"\.(A|lora_A\.default\.weight)$", name)]
+        for i, A in enumerate(found if self.seed is not None else ()):
+            generator = torch.Generator().manual_seed(1000 * (self.seed or 0) + i)
+            drawn = torch.rand(16, A.shape[1], generator=generator)[: A.shape[0]]
+            A.copy_((2 * drawn - 1) / math.sqrt(A.shape[1]))  # as Kaiming-uniform(a = sqrt 5) does
 
     def trained(self, biases: bool) -> str | None:
         """The regex of what trains beside adapters, with or without the adapted layers' biases."""
@@ -69,6 +80,7 @@ def lora(rank: int, seeds: int = 1, mixer: bool = False, biases: bool = False, *
 
     def prepare(model: nn.Module, _: Inputs, place: Place) -> None:
         baselines.inject_lora(model, place.targets, rank, mixer=mixer, train=place.trained(biases))
+        place.share(model)
 
     return Method(prepare, seeds, {rf"\.{name}$": factor for name, factor in factors.items()})
 
@@ -76,10 +88,11 @@ def lora(rank: int, seeds: int = 1, mixer: bool = False, biases: bool = False, *
 def peft_lora(rank: int) -> Method:
     """PEFT's own LoRA, a check on ours."""
 
-    def prepare(model: nn.Module, *_: Any) -> None:
+    def prepare(model: nn.Module, _: Inputs, place: Place) -> None:
         peft = common.need("peft")
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"])
         model.encoder = peft.get_peft_model(model.encoder, config)
+        place.share(model)
 
     return Method(prepare)
 
@@ -102,6 +115,7 @@ def adapted(
     def prepare(model: nn.Module, inputs: Inputs, place: Place) -> None:
         chosen = {"alpha": 2.0 * rank, "train": place.trained(biases), **options}
         aurora.inject(model, place.targets, rank, **chosen)
+        place.share(model)
         if start:
             for layer, z in hidden_vectors(model, inputs).items():
                 for change in start:
@@ -174,6 +188,7 @@ def add_identity(layer: core.AuroraLinear, _: Tensor) -> None:
 def methods() -> dict[str, Method]:
     """All by name: those that are judged on the held-out folds, then the settings that are tried on development."""
     per_channel: dict[str, Any] = {"spline": "per-channel"}
+    wide, fast = {**per_channel, "grid_range": (-4.0, 4.0)}, {r"\.anl\.": 10.0}
     found = {
         "head only": plain(HEAD, 2),
         "full": plain("", 2),
@@ -187,9 +202,10 @@ def methods() -> dict[str, Method]:
     }
     for rank in (1, 2, 4, 8):
         found[f"AuroRA r={rank}"] = adapted(rank, 5 if rank == 2 else 1)
-        found[f"AuroRA r={rank} per-channel"] = adapted(rank, 5 if rank == 2 else 1, **per_channel)
+        found[f"AuroRA r={rank} per-channel"] = adapted(rank, 2 if rank == 2 else 1, **per_channel)
     return found | {
-        RECOMMENDED: adapted(2, 5, identity, factors={r"\.anl\.": 10.0}, **per_channel),
+        RECOMMENDED: adapted(2, 5, identity, factors=fast, **wide),
+        f"{RECOMMENDED}, biases too": adapted(2, 5, identity, factors=fast, biases=True, **wide),
         "LoRA r=2, biases too": lora(2, 5, biases=True),
         "AuroRA r=2 static": adapted(2, mode="static"),
         "AuroRA r=2 without F": adapted(2, fixed=False),
@@ -202,34 +218,28 @@ def methods() -> dict[str, Method]:
         "try identity, grid from data": adapted(2, 0, fit_grid, identity, **per_channel),
         "try identity, z normalised": adapted(2, 0, normalise, identity, **per_channel),
         "try identity, w and H x 0.1": adapted(2, 0, identity, factors={r"\.anl\.": 0.1}, **per_channel),
-        "try per-channel, w and H x 10": adapted(2, 0, factors={r"\.anl\.": 10.0}, **per_channel),
+        "try per-channel, w and H x 10": adapted(2, 0, factors=fast, **per_channel),
         "try identity, B x 8": adapted(2, 0, identity, factors={r"\.B$": 8.0}, **per_channel),
         "try linear beyond the grid": adapted(2, 0, add_identity, **per_channel),
         "try linear beyond the grid, summed": adapted(2, 0, add_identity),
         "try summed, grid from data": adapted(2, 0, fit_grid),
         "try summed, w and H x 0.1": adapted(2, 0, factors={r"\.anl\.": 0.1}),
-        "try summed, w and H x 10": adapted(2, 0, factors={r"\.anl\.": 10.0}),
+        "try summed, w and H x 10": adapted(2, 0, factors=fast),
         "try per-channel, w and H x 30": adapted(2, 0, factors={r"\.anl\.": 30.0}, **per_channel),
         "try per-channel, grid from data": adapted(2, 0, fit_grid, **per_channel),
-        "try identity, grid from data, w and H x 10": adapted(
-            2, 0, fit_grid, identity, factors={r"\.anl\.": 10.0}, **per_channel
-        ),
+        "try identity, grid from data, w and H x 10": adapted(2, 0, fit_grid, identity, factors=fast, **per_channel),
         "try identity, grid +-2, w and H x 10": adapted(
-            2, 0, identity, factors={r"\.anl\.": 10.0}, grid_range=(-2.0, 2.0), **per_channel
+            2, 0, identity, factors=fast, grid_range=(-2.0, 2.0), **per_channel
         ),
         "try per-channel, splines drawn in +-0.5": adapted(2, 0, louder, **per_channel),
         "try per-channel, w and H x 3": adapted(2, 0, factors={r"\.anl\.": 3.0}, **per_channel),
         "try per-channel, w x 10": adapted(2, 0, factors={r"\.spline_weight$": 10.0}, **per_channel),
-        "try per-channel, grid from data, w and H x 10": adapted(
-            2, 0, fit_grid, factors={r"\.anl\.": 10.0}, **per_channel
-        ),
-        "try per-channel, w and H x 10, biases too": adapted(
-            2, 0, factors={r"\.anl\.": 10.0}, biases=True, **per_channel
-        ),
+        "try per-channel, grid from data, w and H x 10": adapted(2, 0, fit_grid, factors=fast, **per_channel),
+        "try per-channel, w and H x 10, biases too": adapted(2, 0, factors=fast, biases=True, **per_channel),
         "try per-channel, biases too": adapted(2, 0, biases=True, **per_channel),
-        "try per-channel, alpha x 4, w and H x 10": adapted(
-            2, 0, factors={r"\.anl\.": 10.0}, alpha=16.0, **per_channel
-        ),
+        "try identity, w and H x 10": adapted(2, 0, identity, factors=fast, **per_channel),
+        "try linear beyond the grid, w and H x 10": adapted(2, 0, add_identity, factors=fast, **per_channel),
+        "try per-channel, alpha x 4, w and H x 10": adapted(2, 0, factors=fast, alpha=16.0, **per_channel),
         "try per-channel, B x 4, w and H x 10": adapted(2, 0, factors={r"\.anl\.": 10.0, r"\.B$": 4.0}, **per_channel),
         "try LoRA r=8, biases too": lora(8, 0, biases=True),
         "try LoRA r=2, B x 8": lora(2, 0, B=8.0),
@@ -243,7 +253,8 @@ def methods() -> dict[str, Method]:
 class Run(NamedTuple):
     """All that fixes a run. side: "development", "held-out", "diagnosis", which is development with measurements inside
     the model, or "language"; corpus: "all" for the four mixed, else one, for the language model; texts: at most so many
-    of a corpus to learn from; held: at most so many of a corpus to be judged by."""
+    of a corpus to learn from; held: at most so many of a corpus to be judged by; start: "own", or "shared", where all
+    methods start with the same A, so that differences tell methods apart and not draws."""
 
     side: str
     method: str
@@ -253,6 +264,7 @@ class Run(NamedTuple):
     steps: int
     texts: int
     held: int
+    start: str = "own"
 
     @property
     def key(self) -> str:
@@ -342,17 +354,17 @@ def read_ratings(run: Run) -> Record:
     method, (learn, judged) = methods()[run.method], sides(run.side, run.texts, run.held)
     torch.manual_seed(run.seed)
     model = common.Reader(copy.deepcopy(encoder()[0])).eval()
-    method.prepare(model, learn.inputs(128), ENCODER)
+    method.prepare(model, learn.inputs(128), ENCODER._replace(seed=run.seed if run.start == "shared" else None))
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     found: Record = {"adapter": sum(n for name, n in trained.items() if not re.search(HEAD, name))}
     inside = functools.partial(diagnose, model, learn.inputs(128), learn.sample(64).batches(64)[0])
     if run.side == "diagnosis":
-        found["start"] = inside()
+        found["before"] = inside()
     start, rates = time.perf_counter(), groups(model, method, run.lr)
     common.train(model, learn, steps=run.steps, lr=run.lr, seed=run.seed, size=SIZE, groups=rates)
     found["seconds"] = time.perf_counter() - start
     if run.side == "diagnosis":
-        found["end"] = inside()
+        found["after"] = inside()
     answers = {name: common.predict(model, texts) for name, texts in judged.items()}
     outputs, ratings = (torch.cat(parts) for parts in zip(*answers.values(), strict=True))
     found |= {"loss": float(common.loss(outputs, ratings)), **common.score(outputs, ratings)._asdict()}
@@ -423,9 +435,13 @@ class Plan(NamedTuple):
         """A run of full length on the development fold."""
         return Run("development", name, lr, "all", seed, self.steps, self.texts, self.try_held)
 
+    def pair(self, name: str, lr: float, seed: int) -> Run:
+        """Likewise, with the A that others start with."""
+        return self.develop(name, lr, seed)._replace(start="shared")
+
     def judge(self, name: str, lr: float, seed: int) -> Run:
         """A run on the held-out folds."""
-        return Run("held-out", name, lr, "all", seed, self.steps, self.texts, self.held)
+        return Run("held-out", name, lr, "all", seed, self.steps, self.texts, self.held, "shared")
 
 
 def rate(i: int) -> float:
@@ -479,6 +495,17 @@ INSIDE = ("AuroRA r=2", "AuroRA r=2 per-channel", RECOMMENDED)
 QUICK = Plan(10, 100, 60, 4, 60, 30, ("head only", "LoRA r=2", "LoRA r=8", "AuroRA r=2", RECOMMENDED))
 
 
+PAIRED = (  # compared at LoRA's best rate, from the same A
+    "LoRA r=2",
+    "LoRA r=2, biases too",
+    "AuroRA r=2",
+    "AuroRA r=2 per-channel",
+    "try identity",
+    "try identity, w and H x 10",
+    RECOMMENDED,
+    f"{RECOMMENDED}, biases too",
+    "try linear beyond the grid, w and H x 10",
+)
 FINALISTS = (  # settings that are also tried at full length
     "try summed, w and H x 10",
     "try per-channel, w and H x 10",
@@ -496,7 +523,8 @@ def compared(name: str) -> bool:
 
 def pending(plan: Plan, lines: Mapping[str, Record], language: bool = False) -> Iterator[Run]:
     """Runs without a line that can start: sweeps first; then a second seed of the settings that are compared on
-    development, and a look inside some; then the held-out folds, seed by seed; then, if asked for, the language model.
+    development, a look inside some, and pairs from the same start; then the held-out folds, seed by seed; then, if
+    asked for, the language model.
     """
     later, ready = [], {}
     for name in plan.chosen():
@@ -510,6 +538,9 @@ def pending(plan: Plan, lines: Mapping[str, Record], language: bool = False) -> 
             later.append(plan.develop(name, best_rate(found[1]), 1))
         if len(found) == 2:
             ready[name] = best_rate(found[1])
+    if "LoRA r=2" in ready:
+        names = [name for name in PAIRED if name in plan.chosen()]
+        later += [plan.pair(name, ready["LoRA r=2"], seed) for seed in range(3) for name in names]
     for seed in range(5):
         later += [plan.judge(name, lr, seed) for name, lr in ready.items() if seed < methods()[name].seeds]
     if language:
@@ -601,9 +632,9 @@ def scores_table(found: Judged) -> str:
         differences = [
             accuracy(records, found[other]).signed if other in found and other != name else "-" for other in AGAINST
         ]
-        cells = [len(records), *by_corpus, accuracy(records), pearson(records), *differences]
+        cells = [len({seed for _, seed in records}), *by_corpus, accuracy(records), pearson(records), *differences]
         rows.append([name, f"{one['adapter']:,}", f"{one['lr']:g}", *cells])
-    header = ["held out", "parameters", "rate", "runs", *data.CORPORA, "accuracy", "Pearson"]
+    header = ["held out", "parameters", "rate", "seeds", *data.CORPORA, "accuracy", "Pearson"]
     return common.markdown_table([*header, *(f"accuracy - {other}" for other in AGAINST)], rows)
 
 
@@ -639,13 +670,33 @@ def rates_table(plan: Plan, lines: Mapping[str, Record], full: bool) -> str:
     return common.markdown_table([*header, "2 seeds", "(accuracy + Pearson) / 2"], rows)
 
 
+def pairs_table(lines: Mapping[str, Record]) -> str:
+    """Development runs from the same A at LoRA's rate: loss, score, and both minus those of LoRA r=2, seed by seed."""
+    found: dict[str, dict[int, Record]] = {}
+    for r in lines.values():
+        if r["side"] == "development" and r["start"] == "shared":
+            found.setdefault(r["method"], {})[r["seed"]] = r
+    rows = []
+    for name, records in found.items():
+        common_ = [s for s in records if s in found.get("LoRA r=2", {})]
+        cells = [len(records)]
+        for score, digits in ((lambda r: r["loss"], 4), (lambda r: 50 * (r["accuracy"] + r["pearson"]), 2)):
+            gaps = [score(records[s]) - score(found["LoRA r=2"][s]) for s in common_]
+            error = f" ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.{digits}f}" if len(gaps) > 1 else ""
+            mean = f"{statistics.fmean(gaps):+.{digits}f}{error}" if gaps and name != "LoRA r=2" else "-"
+            cells += [f"{statistics.fmean(score(r) for r in records.values()):.{digits}f}", mean]
+        rows.append([name, *cells])
+    header = ["same start, development", "seeds", "loss", "- LoRA r=2", "(accuracy + Pearson) / 2", "- LoRA r=2"]
+    return common.markdown_table(header, rows)
+
+
 def diagnosis_table(lines: Mapping[str, Record]) -> str:
     """Measurements inside the model, at the start and after training."""
     found = [r for r in lines.values() if r["side"] == "diagnosis"]
-    names = list(dict.fromkeys(name for r in found for name in r["start"]))
+    names = list(dict.fromkeys(name for r in found for name in r["before"]))
     rows = []
     for name in names:
-        pairs = ((r["start"].get(name), r["end"].get(name)) for r in found)
+        pairs = ((r["before"].get(name), r["after"].get(name)) for r in found)
         rows.append([name, *("-" if a is None else f"{a:.3g} → {b:.3g}" for a, b in pairs)])
     return common.markdown_table(["start → end", *(f"{r['method']}, rate {r['lr']:g}" for r in found)], rows)
 
@@ -712,6 +763,8 @@ def report(out: Path, plan: Plan, lines: Mapping[str, Record]) -> Path:
     parts = [explain(plan), *verdict(found), scores_table(found), losses_table(found)]
     parts += ["## The choice of rates and settings, on development", rates_table(plan, lines, True)]
     parts += [rates_table(plan, lines, False)]
+    if any(r["side"] == "development" and r["start"] == "shared" for r in lines.values()):
+        parts += [pairs_table(lines)]
     if any(r["side"] == "diagnosis" for r in lines.values()):
         parts += ["## Inside the model", diagnosis_table(lines)]
     if any(r["side"] == "language" for r in lines.values()):
@@ -741,7 +794,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks learning", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="a few methods, few texts and steps, one corpus")
+    add("--quick", action="store_true", help="a few methods, texts and steps, written to a folder `quick`")
     add("--language", action="store_true", help="also SmolLM2-135M (needs the extra `language`)")
     common.add_sweep_options(add, "learning")
     return parser.parse_args(argv)
@@ -750,12 +803,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Run what has no line yet, then print and write the report."""
     options = parse(argv)
-    plan = QUICK if options.quick else Plan()
-    path = options.out / ("learning-quick.jsonl" if options.quick else "learning.jsonl")
+    plan, out = (QUICK, options.out / "quick") if options.quick else (Plan(), options.out)
+    path = out / "learning.jsonl"
     lines = common.perform(
         path, lambda lines: pending(plan, lines, options.language), perform, options.jobs, options.minutes
     )
     if not judged(plan, lines):
         raise common.BenchmarkError(f"{path} holds no run on held-out texts yet: give it more --minutes")
-    written = report(options.out, plan, lines)
+    written = report(out, plan, lines)
     print(f"{written.read_text(encoding='utf-8')}\nwritten to {written}")

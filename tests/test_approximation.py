@@ -138,3 +138,13 @@ def test_the_report_counts_what_the_records_say(small: None, tmp_path) -> None:
     assert f"of {len(records)} fits" in text
     assert "*" in next(line for line in text.splitlines() if line.startswith("| change of 0.query"))
     assert (tmp_path / "approximation.png").stat().st_size > 1000
+
+
+def test_the_command_goes_on_from_its_lines_and_says_when_there_are_none(small: None, tmp_path, capsys) -> None:
+    arguments = ["--quick", "--minutes", "0", "--out", str(tmp_path)]
+    with pytest.raises(common.BenchmarkError, match="give it more --minutes"):
+        approximation.main(arguments)
+    run = Run("linear", "decaying 1/i", "Gaussian", "MoSLoRA", 2)
+    common.append(tmp_path / "approximation.jsonl", approximation.perform(run))
+    approximation.main(arguments)
+    assert f"1 of {len(approximation.plan(quick=False))} fits" in capsys.readouterr().out

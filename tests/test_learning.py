@@ -156,6 +156,31 @@ def test_the_recommended_setting_is_what_the_package_offers(tiny) -> None:
         torch.testing.assert_close(layer.anl.columns(z), z, atol=1e-5, rtol=0)
 
 
+def test_a_shared_start_is_the_same_a_for_every_method_and_rank(tiny) -> None:
+    pytest.importorskip("peft")
+    found = {}
+    for name in ("LoRA r=2", "LoRA r=8", "AuroRA r=2", learning.RECOMMENDED, "PEFT LoRA r=2"):
+        for seed in (None, 3):
+            model = reader(tiny)
+            inputs = learning.sides("development", 25, 5)[0].inputs(64)
+            learning.methods()[name].prepare(model, inputs, ENCODER._replace(seed=seed))
+            found[name, seed] = [p for n, p in model.named_parameters() if n.endswith((".A", "lora_A.default.weight"))]
+    for name in ("LoRA r=8", "AuroRA r=2", learning.RECOMMENDED, "PEFT LoRA r=2"):
+        for A, reference in zip(found[name, 3], found["LoRA r=2", 3], strict=True):
+            assert torch.equal(A[:2], reference)
+            assert 0.9 < A.abs().max() * A.shape[1] ** 0.5 <= 1
+        assert not torch.equal(found[name, None][0][:2], found[name, 3][0][:2])
+    assert not torch.equal(found["LoRA r=2", 3][0], found["LoRA r=2", 3][1])
+
+
+def test_pefts_lora_learns_what_ours_does(tiny) -> None:
+    pytest.importorskip("peft")
+    runs = [Run("held-out", name, 1e-2, "all", 0, 5, 20, 20, "shared") for name in ("LoRA r=2", "PEFT LoRA r=2")]
+    ours, theirs = map(learning.perform, runs)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert ours["loss"] != learning.perform(runs[0]._replace(seed=1))["loss"]
+
+
 def test_peft_trains_the_same_number_as_our_lora(tiny) -> None:
     pytest.importorskip("peft")
     count = []
@@ -195,13 +220,13 @@ def test_a_run_repeats_to_the_digit_and_its_line_says_what_it_was(tiny) -> None:
 
 def test_diagnosis_measures_shares_and_gradients(tiny) -> None:
     record = learning.perform(Run("diagnosis", "AuroRA r=2", 1e-2, "all", 0, 3, 30, 20))
-    for when in ("start", "end"):
+    for when in ("before", "after"):
         shares = [record[when][name] for name in ("constant", "linear", "nonlinear")]
         assert sum(shares) == pytest.approx(1)
         assert all(0 <= share <= 1 for share in shares)
-    assert record["start"]["B size"] == record["start"]["anl.H gradient"] == 0  # B = 0 blocks what lies behind it
-    assert record["start"]["B gradient"] > 0
-    assert record["end"]["anl.H gradient"] > 0
+    assert record["before"]["B size"] == record["before"]["anl.H gradient"] == 0  # B = 0 blocks what lies behind it
+    assert record["before"]["B gradient"] > 0
+    assert record["after"]["anl.H gradient"] > 0
 
 
 # --- all runs --------------------------------------------------------------------------------------------------------
@@ -322,25 +347,48 @@ def test_only_runs_that_both_have_are_compared() -> None:
     assert math.isnan(learning.accuracy(ours, {}).mean)
 
 
-@pytest.mark.parametrize("worse", [False, True])
-def test_the_report_says_whether_aurora_loses(tmp_path, worse: bool) -> None:
-    names = ("LoRA r=2", "LoRA r=8", "AuroRA r=2", learning.RECOMMENDED, "try identity")
-    plan, good, bad = FEW._replace(names=names), "1" * 60 + "0" * 20, "1" * 30 + "0" * 50
-    lines: dict = {}
-    for name in names:
-        lines |= lines_of(VALLEY, name) | lines_of(NARROW, name, full=True)
+def made_up(plan: Plan, worse: bool) -> dict:
+    """Lines of a whole benchmark, in which AuroRA is far worse than the others, or far better."""
+    good, bad, lines = "1" * 60 + "0" * 20, "1" * 30 + "0" * 50, {}
+    for name in plan.names:
+        short, full = ({learning.rate(i): loss for i, loss in losses.items()} for losses in (VALLEY, NARROW))
+        runs = {plan.attempt(name, lr): loss for lr, loss in short.items()}
+        runs |= {plan.develop(name, lr): loss for lr, loss in full.items()}
+        lines |= {run.key: {"run": run.key, **run._asdict(), "loss": loss} for run, loss in runs.items()}
         hits = bad if worse == name.startswith("AuroRA") else good
         for seed in range(3):
             run = plan.judge(name, 1.8e-3, seed)
             scores = {corpus: {"hits": hits, "pearson": 0.5, "accuracy": 0.5} for corpus in data.CORPORA}
             lines[run.key] = {"run": run.key, **run._asdict(), "adapter": 100, "corpora": scores}
-    text = learning.report(tmp_path, plan, lines).read_text(encoding="utf-8")
+            run, loss = plan.pair(name, 1.8e-3, seed), 0.8 + 0.1 * seed + 0.05 * name.startswith("AuroRA")
+            known = {"loss": loss, "accuracy": 0.8, "pearson": 0.7}
+            lines[run.key] = {"run": run.key, **run._asdict(), **known}
+    return lines
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_the_report_says_whether_aurora_loses(tmp_path, worse: bool) -> None:
+    plan = FEW._replace(names=("LoRA r=2", "LoRA r=8", "AuroRA r=2", learning.RECOMMENDED, "try identity"))
+    text = learning.report(tmp_path, plan, made_up(plan, worse)).read_text(encoding="utf-8")
     told = next(line for line in text.splitlines() if line.startswith("AuroRA loses"))
     assert ("nowhere" in told) != worse
     assert ("-37.50" if worse else "+37.50") in text
     assert (tmp_path / "learning.png").stat().st_size > 1000
     assert "| LoRA r=2 " in text
     assert "| try identity " in text
+    row = next(line for line in text.splitlines() if line.startswith("| AuroRA r=2 ") and "+0.0500" in line)
+    assert [cell.strip() for cell in row.split("|")[2:5]] == ["3", "0.9500", "+0.0500 ± 0.0000"]
+
+
+def test_the_command_goes_on_from_its_lines_and_says_when_there_are_none(tmp_path, capsys) -> None:
+    arguments = ["--quick", "--minutes", "0", "--out", str(tmp_path)]
+    with pytest.raises(common.BenchmarkError, match="give it more --minutes"):
+        learning.main(arguments)
+    for line in made_up(learning.QUICK, worse=True).values():
+        common.append(tmp_path / "quick" / "learning.jsonl", line)
+    learning.main(arguments)
+    assert "AuroRA loses to LoRA r=2" in capsys.readouterr().out
+    assert (tmp_path / "quick" / "learning.md").is_file()
 
 
 # --- lines and processes ---------------------------------------------------------------------------------------------

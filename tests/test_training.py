@@ -88,7 +88,7 @@ def test_it_then_computes_and_learns_as_lora_and_the_nonlinearity_with_it() -> N
 def test_a_layer_without_splines_per_channel_is_refused_and_nothing_changes(options: dict[str, Any]) -> None:
     model = build(**options)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match='(one|two) has no spline per channel: inject with spline="per-channel"'):
+    with pytest.raises(ValueError, match=r'(one|two) has no spline per channel: inject with spline="per-channel"'):
         aurora.start_as_identity(model)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
