@@ -724,7 +724,7 @@ def language_table(lines: Mapping[str, Record]) -> str:
 def verdict(found: Judged) -> list[str]:
     """What the recommended setting reached, in words made from the numbers."""
     told = []
-    for other in (other for other in AGAINST if other in found and RECOMMENDED in found):
+    for other in (other for other in ("AuroRA r=2", *AGAINST) if other in found and RECOMMENDED in found):
         gap = accuracy(found[RECOMMENDED], found[other])
         sigma = gap.mean / gap.error
         told.append(f"accuracy - that of {other}: {gap.signed} points, {sigma:+.1f} standard errors")
@@ -742,18 +742,20 @@ def verdict(found: Judged) -> list[str]:
 
 
 def draw(path: Path, found: Judged) -> None:
-    """Accuracy and Pearson against trained parameters."""
+    """Accuracy and Pearson minus those of LoRA r=2 with their errors, by method, those with few parameters below."""
+    counts = {name: next(iter(records.values()))["adapter"] for name, records in found.items() if name != "head only"}
+    names = sorted(counts, key=counts.__getitem__)
     with common.picture(path, columns=2) as axes:
-        for axis, score, label in zip(axes, (accuracy, pearson), ("accuracy, %", "100 x Pearson"), strict=True):
-            for name, records in found.items():
-                count, value = next(iter(records.values()))["adapter"], score(records)
+        for axis, score, label in zip(axes, (accuracy, pearson), ("accuracy", "100 x Pearson"), strict=True):
+            for i, name in enumerate(names):
+                gap = score(found[name], found.get("LoRA r=2", {}))
+                error = 0 if name == "LoRA r=2" or math.isnan(gap.error) else 100 * gap.error
                 color = "C1" if name.startswith("AuroRA") else "C0" if "LoRA" in name else "C7"
-                error = None if math.isnan(value.error) else 100 * value.error
-                axis.errorbar(max(count, 1000), 100 * value.mean, error, fmt="o", color=color, ms=4, lw=1)
-                axis.annotate(
-                    name, (max(count, 1000), 100 * value.mean), fontsize=5, xytext=(3, 2), textcoords="offset points"
-                )
-            axis.set(xscale="log", xlabel="trained parameters without the head (none drawn at 1,000)", ylabel=label)
+                axis.errorbar(100 * gap.mean, i, xerr=error, fmt="o", color=color, capsize=2)
+            axis.axvline(0, color="gray", lw=0.8)
+            axis.set(xlabel=f"{label}, points above LoRA r=2, one standard error")
+            axis.set_yticks(range(len(names)), [""] * len(names))
+        axes[0].set_yticks(range(len(names)), [f"{name}\n{counts[name]:,}" for name in names], fontsize="x-small")
 
 
 def report(out: Path, plan: Plan, lines: Mapping[str, Record]) -> Path:
