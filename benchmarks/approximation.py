@@ -28,11 +28,13 @@ Record = dict[str, Any]
 
 
 class Points(NamedTuple):
-    """Inputs X (d_in, N), what the map makes of them, Y (d_out, N), and its directions V (m, d_in), if known."""
+    """Inputs X (d_in, N), what the map makes of them, Y (d_out, N), its directions V (m, d_in), if known, and whether
+    it is linear."""
 
     X: Tensor
     Y: Tensor
     V: Tensor | None = None
+    linear: bool = False
 
 
 # --- Adapters of one layer -------------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ class Adapter(nn.Module):
         if self.mixer is not None:
             nn.init.orthogonal_(self.mixer)
         if restart == 0:
-            size, A = 0.03, best_A
+            size, A = 1e-3 if points.linear else 0.03, best_A
             for name, p in () if self.anl is None else self.anl.named_parameters():
                 p.copy_(torch.eye(len(p))) if name == "H" else p.zero_()
         elif restart <= 2 and points.V is not None:
@@ -190,7 +192,7 @@ def linear_points(spectrum: str) -> Points:
     """M X with M of the spectrum's singular values."""
     left, right = (torch.linalg.qr(gaussian(WIDTH, seed, WIDTH))[0] for seed in (11, 12))
     X = gaussian(WIDTH, 0, POINTS)
-    return Points(X, left @ torch.diag(SPECTRA[spectrum](WIDTH)) @ right @ X)
+    return Points(X, left @ torch.diag(SPECTRA[spectrum](WIDTH)) @ right @ X, linear=True)
 
 
 def teacher_points(teacher: str, inputs: str) -> tuple[Points, Points]:
@@ -260,7 +262,7 @@ def layer_points(name: str, kind: str) -> tuple[Points, Points]:
                         model(**batch)
             X, (Y, after) = torch.cat(seen[0][0]), (torch.cat(outputs) for _, outputs in seen)
             Y = X @ update.double().t() if kind == "update" else after - Y
-            found.append(Points(X.t()[:, :POINTS], Y.t()[:, :POINTS]))
+            found.append(Points(X.t()[:, :POINTS], Y.t()[:, :POINTS], linear=kind == "update"))
     return found[0], found[1]
 
 
@@ -353,12 +355,12 @@ def plan(quick: bool) -> list[Run]:
     if quick:
         return runs
     runs += [Run("nonlinear", t, "MiniLM", s, 2) for t in TEACHERS for s in splines]
-    runs += [Run("change", name, "MiniLM", s, 2) for name in LAYERS for s in splines]
-    runs += [Run("update", name, "MiniLM", "per-channel", 2) for name in LAYERS]
     runs += [Run("nonlinear", t, "Gaussian", s, r) for r in ranks if r != 2 for t in TEACHERS for s in splines]
     for order in (3, 1, 2, 4):
         for size in (1, 2, 4, 8, 16, 32):
             runs += [Run("grid", "sine teacher", "Gaussian", s, 2, size, order) for s in splines]
+    runs += [Run("change", name, "MiniLM", s, 2) for name in LAYERS for s in splines]
+    runs += [Run("update", name, "MiniLM", "per-channel", 2) for name in LAYERS]
     return runs
 
 
