@@ -730,7 +730,7 @@ def verdict(found: Judged) -> list[str]:
     told = []
     for other in (other for other in ("AuroRA r=2", *AGAINST) if other in found and RECOMMENDED in found):
         gap = accuracy(found[RECOMMENDED], found[other])
-        sigma = gap.mean / gap.error
+        sigma = gap.mean / gap.error if gap.error else math.nan  # equal, hit by hit
         told.append(f"accuracy - that of {other}: {gap.signed} points, {sigma:+.1f} standard errors")
     lost = []
     for name in (name for name in found if name.startswith("AuroRA")):
