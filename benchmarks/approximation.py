@@ -508,13 +508,8 @@ READING = (
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks approximation", description=(__doc__ or "").partition("\n")[0]
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="of what is missing, only rank 2 on made-up inputs")
-    common.add_sweep_options(add, "approximation")
-    return parser.parse_args(argv)
+    quick = "of what is missing, only rank 2 on made-up inputs"
+    return common.sweep_parser("approximation", __doc__, quick).parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> None:

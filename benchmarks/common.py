@@ -6,6 +6,7 @@ for the rating itself. A contender is a way to prepare a model for training; eve
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import contextlib
 import datetime
@@ -122,12 +123,17 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         file.write(start + json.dumps(record).encode() + b"\n")
 
 
-def add_sweep_options(add: Callable[..., Any], name: str) -> None:
-    """The options of a benchmark that performs many runs, for `add` of an argument parser."""
+def sweep_parser(name: str, doc: str | None, quick: str, jobs: bool = True) -> argparse.ArgumentParser:
+    """The command line of a benchmark that performs many runs: its name, its docstring, and what --quick leaves out."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=(doc or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help=quick)
     add("--minutes", type=float, default=math.inf, help="start no further run after this long; the next call goes on")
-    add("--jobs", type=int, default=0, help="runs at once (default: one a core, or one if there is a GPU)")
+    if jobs:
+        add("--jobs", type=int, default=0, help="runs at once (default: one a core, or one if there is a GPU)")
     files = f"folder for {name}.jsonl, .md, .png (default: %(default)s)"
     add("--out", type=Path, default=Path("docs/results"), help=files)
+    return parser
 
 
 def perform(

@@ -605,6 +605,11 @@ def accuracy(
     return Estimate(float(np.mean(means)), math.sqrt(sum(variances)) / len(variances))
 
 
+def of(corpus: str, records: Mapping[tuple[str, int], Record]) -> dict[tuple[str, int], Record]:
+    """The records of one corpus."""
+    return {key: r for key, r in records.items() if key[0] == corpus}
+
+
 def _hits(record: Record) -> Any:
     return np.frombuffer(record["hits"].encode(), dtype=np.uint8).astype(float) - ord("0")
 
@@ -631,7 +636,7 @@ def scores_table(found: Judged) -> str:
         one = next(iter(records.values()))
         by_corpus = []
         for corpus in data.CORPORA:
-            part = {key: r for key, r in records.items() if key[0] == corpus}
+            part = of(corpus, records)
             by_corpus.append(f"{100 * accuracy(part).mean:.1f}" if part else "-")
         differences = [
             accuracy(records, found[other]).signed if other in found and other != name else "-" for other in AGAINST
@@ -649,7 +654,7 @@ def losses_table(found: Judged) -> str:
         for other in (other for other in AGAINST if other in found):
             cells = []
             for corpus in data.CORPORA:
-                part = {key: r for key, r in found[name].items() if key[0] == corpus}
+                part = of(corpus, found[name])
                 cells.append(accuracy(part, found[other]).signed if part else "-")
             rows.append([f"{name} - {other}", *cells, pearson(found[name], found[other]).signed])
     return common.markdown_table(["accuracy, by corpus", *data.CORPORA, "Pearson, all"], rows)
@@ -735,7 +740,7 @@ def verdict(found: Judged) -> list[str]:
     lost = []
     for name in (name for name in found if name.startswith("AuroRA")):
         for corpus in data.CORPORA:
-            part = {key: r for key, r in found[name].items() if key[0] == corpus}
+            part = of(corpus, found[name])
             gap = accuracy(part, found.get("LoRA r=2", {})) if part else Estimate(math.nan, math.nan)
             if gap.mean < -2 * gap.error:
                 lost.append(f"{name} on {corpus} ({gap.signed})")
@@ -796,13 +801,9 @@ def explain(plan: Plan) -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks learning", description=(__doc__ or "").partition("\n")[0]
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a few methods, texts and steps, written to a folder `quick`")
-    add("--language", action="store_true", help="also SmolLM2-135M (needs the extra `language`)")
-    common.add_sweep_options(add, "learning")
+    quick = "a few methods, texts and steps, written to a folder `quick`"
+    parser = common.sweep_parser("learning", __doc__, quick)
+    parser.add_argument("--language", action="store_true", help="also SmolLM2-135M (needs the extra `language`)")
     return parser.parse_args(argv)
 
 

@@ -292,19 +292,8 @@ READING = (
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks merging", description=(__doc__ or "").partition("\n")[0]
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="one seed, few texts and steps, MiniLM only")
-    add("--minutes", type=float, default=math.inf, help="start no further run after this long; the next call goes on")
-    add(
-        "--out",
-        type=Path,
-        default=Path("docs/results"),
-        help="folder for merging.jsonl, .md, .png (default: %(default)s)",
-    )
-    return parser.parse_args(argv)
+    quick = "one seed, few texts and steps, MiniLM only"
+    return common.sweep_parser("merging", __doc__, quick, jobs=False).parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> None:
