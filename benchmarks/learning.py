@@ -795,7 +795,7 @@ def explain(plan: Plan) -> str:
         "likewise. Accuracy and Pearson's correlation in percent, means over the corpora; the error of an accuracy "
         'counts texts (paired in differences) and seeds, that of Pearson\'s correlation seeds only. "try": settings '
         'that were only compared on development; "biases too": the adapted layers\' own biases train beside the '
-        "adapter."
+        "adapter. On held-out texts all methods of a seed start with the same A."
     )
 
 
