@@ -3,15 +3,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from aurora.checkpoint import load, save
+from aurora.checkpoint import adapter_state_dict, load, load_adapter_state_dict, save
 from aurora.core import (
     ANL,
     AuroraConfig,
     AuroraLinear,
-    adapter_state_dict,
     disabled,
     inject,
-    load_adapter_state_dict,
     parameters,
     remove,
 )

@@ -368,8 +368,8 @@ def _measure(model: nn.Module, inputs: Any) -> list[tuple[str, _Measured]]:
     _check({f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.adapter_parameters().items()})
     calls: list[tuple[str, Tensor, Tensor]] = []
 
-    def record(name: str, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        calls.append((name, args[0].detach().clone(), out))
+    def record(name: str, layer: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], out: Tensor) -> Tensor:
+        calls.append((name, (args[0] if args else named["x"]).detach().clone(), out))
         return out.clone()  # what the model then does in place leaves the recorded tensor alone
 
     with contextlib.ExitStack() as undo:
@@ -377,7 +377,7 @@ def _measure(model: nn.Module, inputs: Any) -> list[tuple[str, _Measured]]:
         undo.enter_context(torch.enable_grad())
         undo.enter_context(training.evaluating(model))
         for name, layer in layers.items():
-            undo.callback(layer.register_forward_hook(functools.partial(record, name)).remove)
+            undo.callback(layer.register_forward_hook(functools.partial(record, name), with_kwargs=True).remove)
         ends = [end for end in _leaves(training.call(model, inputs)) if end.requires_grad]
         made = [(name, x, out) for name, x, out in calls if out.requires_grad and x.numel()]
         if not ends or not made:

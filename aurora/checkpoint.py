@@ -1,8 +1,9 @@
-"""An adapter in one file: everything that training moved, and what is needed to inject it into a fresh model.
+"""An adapter in one file: the parameters that training moved, and what is needed to inject it into a fresh model.
 
 The file is in the safetensors format: tensors under the names of `aurora.adapter_state_dict`, and in the metadata,
 under "aurora", one JSON object: `version`, `configs` (each an AuroraConfig), `layers` (name: in_features, out_features,
-index into `configs`) and `train` (names of the parameters that `train=` kept). Nothing in it is ever executed, and
+index into `configs`) and `train` (names of the parameters that `train=` kept, and of the persistent buffers beside
+them, such as a BatchNorm's running statistics). Nothing in it is ever executed, and
 nothing is written into the model before all of it has been checked against the model and against itself.
 """
 
@@ -56,7 +57,7 @@ class _Header:
         found = core.layers(model)
         layers = {name: (layer.in_features, layer.out_features, layer.config) for name, layer in found.items()}
         adapters = {f"{name}.{key}" for name, layer in found.items() for key in layer.adapter_parameters()}
-        return cls(layers, [name for name in core.trained_parameters(model) if name not in adapters])
+        return cls(layers, [name for name in adapter_state_dict(model) if name not in adapters])
 
     def described(self, name: str) -> dict[str, Any]:
         """All that must agree for a layer's values to mean the same; dropout acts in training only."""
@@ -84,7 +85,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     safetensors = _safetensors()
     header = _Header.of(model)
-    tensors = {name: _gathered(p).cpu().contiguous() for name, p in core.adapter_state_dict(model).items()}
+    tensors = {name: _gathered(p).cpu().contiguous() for name, p in adapter_state_dict(model).items()}
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # tied tensors may not share memory in a file
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
@@ -104,6 +105,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     adapted = any(isinstance(module, core.AuroraLinear) for _, module in core.walk(model))
     problems = _differences(_Header.of(model), header) if adapted else _misfits(model, header)
     problems += _wrong_shapes(model, header, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    problems += _wrong_dtypes(model, tensors)
     if problems:
         raise ValueError(f"{path} does not fit this model, nothing was loaded:\n  " + "\n  ".join(problems))
     if adapted:
@@ -118,6 +120,30 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
         with contextlib.suppress(ValueError):  # nothing was injected yet
             core.remove(model)
         raise
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `core.trained_parameters`, detached and sharing memory with the model, as `state_dict` does.
+
+    With them the persistent buffers of what `train=` kept, such as a BatchNorm's running statistics.
+    """
+    kept = [(n, m) for n, m in core.walk(model) if m.__dict__.get("_aurora_train")]
+    found = ((f"{n}.{k}", b) for n, m in kept for k, b in m._buffers.items() if k not in m._non_persistent_buffers_set)
+    buffers = {name.removeprefix("."): b for name, b in found if b is not None}
+    return {name: tensor.detach() for name, tensor in (core.trained_parameters(model) | buffers).items()}
+
+
+@torch.no_grad()
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the model's, in place: optimizers and compiled graphs stay valid. ValueError if any misfits."""
+    own = adapter_state_dict(model)
+    wanted, given = ({n: "meta" if t.is_meta else f"{tuple(t.shape)}" for n, t in x.items()} for x in (own, state))
+    wrong = [name for name in sorted(wanted | given) if wanted.get(name) != given.get(name)]
+    if wrong:
+        lines = (f"\n  {n}: given {given.get(n, 'nothing')}, the model has {wanted.get(n, 'nothing')}" for n in wrong)
+        raise ValueError("the adapter does not fit the model, nothing was loaded:" + "".join(lines))
+    for name, p in own.items():
+        p.copy_(state[name])
 
 
 def _safetensors() -> Any:
@@ -176,17 +202,20 @@ def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
         raise ValueError(f"{path} is a safetensors file, but not one that aurora.save wrote")
     try:
         return _Header.from_json(metadata["aurora"]), tensors
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read as an adapter: {error!r}") from error
 
 
 def _misfits(model: nn.Module, header: _Header) -> list[str]:
     """What keeps a bare model from being injected as the header says."""
     modules = dict(reversed(list(core.walk(model))))
+    first = {module: name for name, module in modules.items()}  # in reverse, so that the first of several names wins
     problems = []
     for name, (n_in, n_out, _) in header.layers.items():
         found = core.linear_features(modules[name]) if name in modules else None
-        if found is None:
+        if name in modules and first[modules[name]] != name:
+            problems.append(f"{name}: the same layer as {first[modules[name]]} in the model")
+        elif found is None:
             problems.append(f"{name}: {'not a linear layer' if name in modules else 'missing'} in the model")
         elif found != (n_in, n_out):
             problems.append(f"{name}: {n_in} -> {n_out} in the file, {found[0]} -> {found[1]} in the model")
@@ -207,7 +236,7 @@ def _differences(own: _Header, header: _Header) -> list[str]:
 
 
 def _wrong_shapes(model: nn.Module, header: _Header, given: _Shapes) -> list[str]:
-    base = core.base_parameters(model)
+    base = _base_tensors(model)
     wanted = header.adapter_shapes() | {name: tuple(base[name].shape) for name in header.train if name in base}
     problems = [f"{name}: trained in the file, missing in the model" for name in header.train if name not in base]
     for name in sorted((wanted | given).keys() - (set(header.train) - base.keys())):
@@ -218,18 +247,30 @@ def _wrong_shapes(model: nn.Module, header: _Header, given: _Shapes) -> list[str
     return problems
 
 
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that are no adapter's, by their original names."""
+    buffers = ((f"{n}.{key}", b) for n, m in core.walk(model) for key, b in m._buffers.items() if b is not None)
+    return {name.removeprefix("."): b for name, b in buffers} | core.base_parameters(model)
+
+
+def _wrong_dtypes(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
+    """What copying would cast without a word: only floating point goes into floating point."""
+    base, floats = _base_tensors(model), (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    wrong = (n for n, t in given.items() if t.dtype not in floats and (n not in base or t.dtype != base[n].dtype))
+    return [f"{name}: {given[name].dtype} cannot be an adapter's" for name in wrong]
+
+
 def _exactly(names: Iterable[str]) -> str:
     """A regex that matches these names and no other."""
     return f"^(?:{'|'.join(map(re.escape, names))})$"
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[str, Any] = {}
-    own: dict[str, Any] = dict(core.adapter_state_dict(model))
-    for name, p in own.items():
-        state[name] = tensors[name]
-        if hasattr(p, "placements"):  # sharded by FSDP2 or tensor parallelism
+    own: dict[str, Any] = adapter_state_dict(model)
+    state: dict[str, Any] = dict(tensors)
+    for name, p in own.items():  # in the same order on every rank, as sharding is a collective operation
+        if name in tensors and hasattr(p, "placements"):  # FSDP2, tensor parallelism; public since torch 2.5
             from torch.distributed.tensor import distribute_tensor
 
             state[name] = distribute_tensor(tensors[name], p.device_mesh, p.placements)
-    core.load_adapter_state_dict(model, state)
+    load_adapter_state_dict(model, state)

@@ -65,15 +65,17 @@ class AuroraConfig:
             ("mode", self.mode in ("dynamic", "static"), '"dynamic" or "static"'),
             ("spline", self.spline in ("summed", "per-channel"), '"summed" or "per-channel"'),
             ("fixed", isinstance(self.fixed, bool), "True or False"),
-            ("learnable", self.learnable in (True, not self.fixed), "True, or False while fixed is True"),
+            ("learnable", type(self.learnable) is bool and (self.learnable or self.fixed), "True, or False if fixed"),
             ("activation", self.activation in _ACTIVATIONS, f"one of {', '.join(_ACTIVATIONS)}"),
-            ("grid_size", type(self.grid_size) is int and self.grid_size >= 1, "an int of at least 1"),
+            ("grid_size", type(self.grid_size) is int and 1 <= self.grid_size <= 10_000, "an int from 1 to 10,000"),
             ("spline_order", type(self.spline_order) is int and 1 <= self.spline_order <= 8, "an int from 1 to 8"),
             ("grid_range", -math.inf < low < high < math.inf, "two finite numbers in rising order"),
             ("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)"),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+        # Lists and NumPy's or PyTorch's numbers are welcome, but would be neither hashable nor JSON.
+        self.__dict__.update(alpha=float(self.alpha), dropout=float(self.dropout), grid_range=(float(low), float(high)))
 
     @property
     def cells_per_unit(self) -> float:
@@ -213,7 +215,8 @@ class ANL(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ANL:
         # The grid is a constant, not state: no buffer, so nothing to load, and to_empty() cannot leave it blank.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._grid = _Grid.of(self.config, _wide(p := next(self.parameters())), p.device)
+        with torch.inference_mode(False):  # a model moved for inference can train afterwards
+            self._grid = _Grid.of(self.config, _wide(p := next(self.parameters())), p.device)
         return self
 
     def forward(self, z: Tensor, scale: float = 1.0) -> Tensor:
@@ -301,8 +304,11 @@ class AuroraLinear(nn.Module):
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a layer that computes a linear map; None for any other and for lazy layers."""
     names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
-    n_in, n_out = (getattr(module, name, None) for name in names)
-    return (n_in, n_out) if n_in and isinstance(n_in, int) and isinstance(n_out, int) else None  # a lazy layer says 0
+    n_in, n_out = (getattr(module, name, 0) for name in names)  # a lazy layer says 0
+    # What holds linear layers is none itself: a wrapper that speaks for one, a block that has widths too.
+    if n_in and n_out and type(n_in) is type(n_out) is int and not any(map(linear_features, [*module.modules()][1:])):
+        return n_in, n_out
+    return None
 
 
 def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -324,15 +330,19 @@ def layers(model: nn.Module) -> dict[str, AuroraLinear]:
     return {name: layer for layer, name in reversed(names.items())}
 
 
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
+    """`base_parameters` with their module, where `inject` leaves its notes, and their name there."""
+    own = {p for _, m in walk(model) if isinstance(m, AuroraLinear) for p in m.adapter_parameters().values()}
+    found = ((n, m, key, p) for n, m in walk(model) for key, p in m._parameters.items() if p is not None)
+    return {f"{n}.{key}".removeprefix("."): (m, key, p) for n, m, key, p in found if p not in own}
+
+
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter that is no adapter's, under each of its original names."""
-    own = {p for _, m in walk(model) if isinstance(m, AuroraLinear) for p in m.adapter_parameters().values()}
-    found = ((f"{n}.{key}".removeprefix("."), p) for n, m in walk(model) for key, p in m._parameters.items())
-    return {name: p for name, p in found if p is not None and p not in own}
+    return {name: p for name, (*_, p) in _owners(model).items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Injection:
+class Injection(NamedTuple):
     """What `inject` did: the new layers by name and the model's parameters, counted. Prints as a table."""
 
     layers: dict[str, AuroraLinear]
@@ -356,7 +366,7 @@ def inject(
     All or nothing: on an error the model is as it was. ValueError: a regex that is invalid or matches nothing, a layer
     that is adapted already, or one that its parent never calls; TypeError: a match that has weights but is not linear.
     """
-    config, base = _configure(rank, options), base_parameters(model)
+    config, owners, base = _configure(rank, options), _owners(model), base_parameters(model)
     try:
         pattern, kept_pattern = re.compile(target_regex), re.compile("(?!)" if train is None else train)
     except re.error as error:
@@ -364,12 +374,15 @@ def inject(
     kept = {name for name in base if kept_pattern.search(name)}
     if train is not None and not kept:
         raise ValueError(f"train={train!r} matches no parameter; their names are like {next(iter(base), None)!r}")
+    for name, p in base.items():
+        if nn.parameter.is_lazy(p) or (name in kept and not p.is_floating_point()):
+            raise ValueError(f"{name} has no shape yet (run the model once) or an integer dtype (drop it from train=)")
     targets = _targets(model, pattern)
     new = {layer: AuroraLinear(layer, config) for layer in targets}
-
     # Nothing above has touched the model, and nothing below can fail.
-    model.__dict__.setdefault("_aurora_requires_grad", {name: p.requires_grad for name, p in base.items()})
-    model.__dict__.setdefault("_aurora_train", set()).update(kept)
+    for name, (owner, key, p) in owners.items():
+        owner.__dict__.setdefault("_aurora_requires_grad", {}).setdefault(key, p.requires_grad)
+        owner.__dict__.setdefault("_aurora_train", set()).update([key] if name in kept else [])
     swap(model, new)
     trained = set(parameters(model))
     for p in base.values():
@@ -393,8 +406,8 @@ def _targets(model: nn.Module, pattern: re.Pattern[str]) -> dict[nn.Module, str]
             parent, key = parents[module]
             # PyTorch's encoder layer does call its linears, once its fused evaluation is off.
             fused = not isinstance(parent, nn.TransformerEncoderLayer) or torch.backends.mha.get_fastpath_enabled()
-            if fused and _is_bypassed(type(parent), key):  # type: ignore[arg-type]
-                raise ValueError(f"{name}: {type(parent).__name__} reads its weight and never calls it; exclude it")
+            if key == "_orig_mod" or (fused and _is_bypassed(type(parent), key)):  # type: ignore[arg-type]
+                raise ValueError(f"{name}: {type(parent).__name__} bypasses its adapter; exclude it, or compile later")
             found.setdefault(module, name)
         elif any(p is not None for p in module._parameters.values()):
             raise TypeError(f"{pattern.pattern!r} matches {name}, a {type(module).__name__}, which is not linear")
@@ -408,58 +421,44 @@ def _targets(model: nn.Module, pattern: re.Pattern[str]) -> dict[nn.Module, str]
 @functools.cache
 def _is_bypassed(parent: Any, key: str) -> bool:
     """Whether the source of the parent's forward reads a child's weight or bias and nothing else of it."""
+    tensor = rf"self\.{key}\b(\.(?:weight|bias)\b(?!\.(?:dtype|device|shape)\b))?"
     with contextlib.suppress(OSError, TypeError):  # no source: typed at a prompt, or compiled
-        tensor = rf"self\.{key}\b(\.(?:weight|bias)\b(?!\.(?:dtype|device)\b))?"
-        uses = re.findall(tensor, inspect.getsource(parent.forward))
-        return bool(uses) and "" not in uses
+        for cls in (cls for cls in parent.__mro__ if "forward" in vars(cls)):
+            source = inspect.getsource(cls.forward)
+            if (uses := re.findall(tensor, source)) or "super()" not in source:
+                return bool(uses) and "" not in uses
     return False
 
 
 def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
-    """Put new modules in the place of old ones, under every name these have."""
+    """Put new modules in the place of old ones, under every name these have. ValueError if the model is one of them."""
+    if model in new:
+        raise ValueError(f"the model is itself a {type(model).__name__}, with no parent to swap it in: use its `base`")
     for parent in list(model.modules()):
-        parent._modules.update({key: new[child] for key, child in parent._modules.items() if child in new})
+        for key in [key for key, child in parent._modules.items() if child in new]:
+            parent._modules[key] = new[parent._modules[key]]
 
 
 def remove(model: nn.Module, only: Iterable[AuroraLinear] | None = None) -> None:
     """Undo `inject`: the original modules and `requires_grad` return, heads stay as trained. `only`: these layers."""
     swap(model, {layer: layer.base for layer in (layers(model).values() if only is None else only)})
     if not any(isinstance(module, AuroraLinear) for module in model.modules()):
-        base = base_parameters(model)
-        for root, module in walk(model):
+        for module in model.modules():
             module.__dict__.pop("_aurora_train", None)
-            for name, required in module.__dict__.pop("_aurora_requires_grad", {}).items():
-                base[f"{root}.{name}".removeprefix(".")].requires_grad_(required)
+            for key, required in module.__dict__.pop("_aurora_requires_grad", {}).items():
+                if key in module._parameters and (p := module._parameters[key]) is not None:
+                    p.requires_grad_(required)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What training moves, by name: "<layer>.A", ".B", ".anl.H", ".anl.spline_weight", and all that `train=` kept."""
     adapters = {f"{n}.{key}": p for n, layer in layers(model).items() for key, p in layer.adapter_parameters().items()}
-    kept = {f"{root}.{n}".removeprefix(".") for root, m in walk(model) for n in m.__dict__.get("_aurora_train", ())}
-    return adapters | {name: p for name, p in base_parameters(model).items() if name in kept}
+    return adapters | {n: p for n, (m, key, p) in _owners(model).items() if key in m.__dict__.get("_aurora_train", ())}
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters to give to the optimizer: the adapters' and those that `train=` kept, each once."""
     return list(dict.fromkeys(trained_parameters(model).values()))
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `trained_parameters`, detached and sharing memory with the model, as `state_dict` does."""
-    return {name: p.detach() for name, p in trained_parameters(model).items()}
-
-
-@torch.no_grad()
-def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the model's, in place: optimizers and compiled graphs stay valid. ValueError if any misfits."""
-    own: Mapping[str, Tensor] = trained_parameters(model)
-    wanted, given = ({n: "meta" if t.is_meta else f"{tuple(t.shape)}" for n, t in x.items()} for x in (own, state))
-    wrong = [name for name in sorted(wanted | given) if wanted.get(name) != given.get(name)]
-    if wrong:
-        lines = (f"\n  {n}: given {given.get(n, 'nothing')}, the model has {wanted.get(n, 'nothing')}" for n in wrong)
-        raise ValueError("the adapter does not fit the model, nothing was loaded:" + "".join(lines))
-    for name, p in own.items():
-        p.copy_(state[name])
 
 
 @contextlib.contextmanager
@@ -474,10 +473,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None:
     """Raise ValueError for a weight that cannot be merged into: quantised, sharded, or tied to another module's."""
+    if isinstance(model, AuroraLinear):
+        raise ValueError("the model is itself an AuroraLinear, with no parent to swap it in: put it into a Sequential")
     for name, layer in found.items():
-        weight = getattr(layer.base, "weight", None)
-        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
-            raise ValueError(f"{name}.weight is quantised, sharded or computed; merge into a plain copy")
+        weight = layer.base._parameters.get("weight")
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2 or weight.is_meta:
+            raise ValueError(f"{name}.weight is quantised, sharded, computed or meta; merge into a plain copy")
         if sum(p is weight for module in model.modules() for p in module._parameters.values()) > 1:
             raise ValueError(f"{name}.weight is tied to another module, which the merge would change; untie it first")
 
@@ -489,8 +490,7 @@ def merge(model: nn.Module) -> list[str]:
     For mode="static" it is exact; in mode="dynamic" another function was trained, and `aurora.merging` measures and
     mends the difference. ValueError, with the model as it was, if a weight cannot be merged into or would overflow.
     """
-    found = layers(model)
-    check_mergeable(model, found)
+    check_mergeable(model, found := layers(model))
     for name, layer in found.items():
         if not layer.merged_weight(layer.static_update()).isfinite().all():
             raise ValueError(f"merging would put NaN or infinity into {name}.weight")

@@ -216,7 +216,7 @@ class MergeReport:
             errors = "".join(f"{layer.errors[m]:12.2%}" if m in layer.errors else f"{'-':>12}" for m in METHODS)
             line = f"{layer.name:<{width}} {layer.method or 'dynamic':>10} {layer.rounding:9.1e}{errors}"
             lines.append(line + (" + bias" if layer.bias else ""))
-        done = f"{len(self.merged)} of {len(self.layers)} layers merged; errors are relative, on held-out batches"
+        done = f"{len(self.merged)} of {len(self.layers)} layers merged; errors are relative"
         return "\n".join([*lines, done])
 
     def draw(self, path: str | Path) -> None:
@@ -246,14 +246,22 @@ class _Undo:
         self.tensors = {name: (layer.base.weight, _bias(layer.base)) for name, layer in layers.items()}
         self.requires_grad = {p: p.requires_grad for p in model.parameters()}
         kept = ("_aurora_train", "_aurora_requires_grad")
-        self.marks = [(m, {k: m.__dict__[k] for k in kept if k in m.__dict__}) for m in model.modules()]
-        self.written: dict[str, tuple[Any, Any]] = {}
+        self.marks = [(m, {k: m.__dict__[k].copy() for k in kept if k in m.__dict__}) for m in model.modules()]
+        self.written: dict[str, list[Any]] = {}  # what `seen` said of each base right after
+
+    @staticmethod
+    def seen(base: nn.Module) -> list[Any]:
+        """Weight and bias of a layer, so that any change to them shows."""
+        tensors: Any = (base.weight, _bias(base))
+        version = [None if t is None or t.is_inference() else t._version for t in tensors]
+        return [version, *(None if t is None else (id(t), t.dtype, t.device) for t in tensors)]
 
     def __call__(self) -> None:
         present = set(self.model.modules())
+        adapted = {m.base for m in present if isinstance(m, core.AuroraLinear)}
         for name, written in self.written.items():
             base: Any = self.layers[name].base
-            if base not in present or base.weight is not written[0] or _bias(base) is not written[1]:
+            if base not in present or base in adapted or self.seen(base) != written:
                 raise ValueError(f"{name} is no longer as the merge left it, so the merge cannot be undone")
         if not self.written:
             raise ValueError("the merge is undone already, or merged nothing")
@@ -262,6 +270,7 @@ class _Undo:
             base.weight = weight
             if "bias" in base._parameters:
                 base.bias = bias
+            self.layers[name].train(base.training)
         core.swap(self.model, {self.layers[name].base: self.layers[name] for name in self.written})
         for p, required in self.requires_grad.items():
             p.requires_grad_(required)
@@ -288,17 +297,24 @@ def merge(
     method: "static" (the paper's), "linear", or "calibrated", which needs `batches` (see `collect`; a few hundred
     sequences suffice). held_out: batches to measure the errors on; by default every fourth of `batches`, which is then
     left out of the fit. bias: whether a layer without one may gain one. tolerance: a layer whose relative error is
-    above it keeps its adapter, so that the model then has both kinds.
+    above it keeps its adapter, so that the model then has both kinds. Merge the whole model: a layer that also stands
+    elsewhere, outside of `model`, would keep its adapter there, over the merged weight.
 
-    Sums are taken in float32 or wider and rounded once. Raises ValueError, with the model as it was, for a bad option,
-    weights that are quantised, sharded or tied, a layer that the batches do not reach, and NaN or infinity.
+    Sums are taken in float64 and rounded once. Raises ValueError, with the model as it was, for a bad option,
+    weights that are quantised, sharded or tied, a layer whose class or hooks compute more than `x W^T + b`, one that
+    the batches do not reach, and NaN or infinity.
     """
     layers = core.layers(model)
     if method not in METHODS or (method == "calibrated" and batches is None):
         raise ValueError(f'method must be one of {", ".join(METHODS)}, and "calibrated" needs batches; got {method!r}')
-    if tolerance is not None and (batches is None or not tolerance >= 0):
+    if tolerance is not None and (batches is held_out is None or not tolerance >= 0):
         raise ValueError(f"tolerance must be at least 0 and needs batches to measure errors on, got {tolerance}")
     core.check_mergeable(model, layers)
+    for name, layer in layers.items():
+        if not computes_linear(layer):
+            raise ValueError(
+                f"{name}, a {type(layer.base).__name__}, computes more than x W^T + b: a merge would differ"
+            )
     seen, judged = _moments(model, batches, held_out)
 
     chosen: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -306,7 +322,7 @@ def merge(
     for name, layer in layers.items():
         # A layer whose class knows no bias would not apply one.
         constant = _bias(layer.base) is not None or (bias and "bias" in layer.base._parameters)
-        fits = {m: fit(layer, m, seen.get(name), constant) for m in (METHODS if name in judged else (method,))}
+        fits = {m: fit(layer, m, seen.get(name), constant) for m in (METHODS if name in seen else (method,))}
         B = layer.B.detach().cpu().double()
         errors = {m: f.error(judged[name], B) for m, f in fits.items()} if name in judged else {}
         if tolerance is not None and errors[method] > tolerance:
@@ -322,14 +338,13 @@ def merge(
         base: Any = layers[name].base
         base.weight = nn.Parameter(weight, base.weight.requires_grad)
         if offset is not None:
+            if _bias(base) is None:  # it was not there when `inject` noted what required a gradient
+                notes = base.__dict__.get("_aurora_requires_grad", {})
+                notes["bias"] = notes.get("weight", False)
             base.bias = nn.Parameter(offset, base.weight.requires_grad)
-        undo.written[name] = (base.weight, _bias(base))
     if chosen:
         core.remove(model, [layers[name] for name in chosen])
-    for row in rows:
-        if row.bias:  # it was not there when `inject` noted what required a gradient
-            base = layers[row.name].base
-            base.bias.requires_grad_(base.weight.requires_grad)
+    undo.written = {name: undo.seen(layers[name].base) for name in chosen}
     return MergeReport(rows, undo)
 
 
@@ -338,7 +353,7 @@ def _moments(
 ) -> tuple[dict[str, Moments], dict[str, Moments]]:
     """(moments to fit to, moments to judge by). Of a single batch there is nothing to hold out."""
     if batches is None:
-        return {}, {}
+        return {}, {} if held_out is None else collect(model, held_out)
     if held_out is not None:
         return collect(model, batches), collect(model, held_out)
     given = list(batches)
@@ -347,6 +362,20 @@ def _moments(
         return seen, seen
     fitted = [batch for i, batch in enumerate(given) if i % 4 != 1]
     return collect(model, fitted), collect(model, itertools.islice(given, 1, None, 4))
+
+
+def computes_linear(layer: core.AuroraLinear) -> bool:
+    """Whether the base, called, is `x W^T + b` with its weight and bias, as far as one input (1, in_features) shows.
+
+    A subclass, a mask or a hook may do otherwise. Up to 5%, as half precision and reduced-precision products round.
+    """
+    W: Any = layer.base.weight
+    x = torch.arange(1.0, 1 + layer.in_features, device=W.device).cos().to(W.dtype).unsqueeze(0)
+    W = W.t() if type(layer.base).__name__ == "Conv1D" else W
+    if W.shape != (layer.out_features, layer.in_features):
+        return False
+    wanted = nn.functional.linear(x, W, _bias(layer.base))
+    return not (layer.base(x) - wanted).norm() > 0.05 * wanted.norm()  # NaN is another check's
 
 
 def _bias(base: nn.Module) -> nn.Parameter | None:
@@ -379,20 +408,24 @@ def watch_linearity(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
     """Inside the block, `gap()` is the mean over layers of the squared relative error of sigma's best affine fit.
 
     It is taken before B, which at the start is 0 and has no part in which fit is best, over the rows of the latest
-    forward of each layer. Add a multiple of it to the loss to train adapters that merge well. Off unless used. Raises
-    ValueError in `gap()` if no layer has run.
+    forward of each layer. Add a multiple of it to the loss to train adapters that merge well. Off unless used. Under
+    gradient checkpointing it needs `use_reentrant=False`, else it has no gradient. Raises ValueError in `gap()` if no
+    layer has run.
     """
     latest: dict[str, Tensor] = {}
 
     def watch(name: str, layer: core.AuroraLinear) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             x = (inputs[0] if inputs else named["x"]).reshape(-1, layer.in_features)
+            if not len(x):
+                return
             z = nn.functional.linear(x, layer.A.to(x.dtype)).float()
-            y = layer.anl(z)
-            whole = y.square().sum()
-            z, y = z - z.mean(0), y - y.mean(0)
-            ridge = 1e-6 * z.square().sum() * torch.eye(z.shape[1], device=z.device)
-            left = y - z @ torch.linalg.solve(z.t() @ z + ridge, z.t() @ y)
+            with torch.autocast(z.device.type, enabled=False):
+                y = layer.anl(z)
+                whole = y.square().sum()
+                z, y = z - z.mean(0), y - y.mean(0)
+                ridge = (1e-6 * z.square().sum() + 1e-30) * torch.eye(z.shape[1], device=z.device)
+                left = y - z @ torch.linalg.solve(z.t() @ z + ridge, z.t() @ y)
             latest[name] = left.square().sum() / whole.clamp(min=torch.finfo(torch.float32).tiny)
 
         return hook

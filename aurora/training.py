@@ -20,8 +20,9 @@ from aurora import core
 def start_as_identity(model: nn.Module) -> None:
     """Let every adapter start as LoRA: sigma(z) = z inside the grid. Call it after `inject`, before training.
 
-    H becomes 0 and spline weight g of every channel its place `low + (g - (k - 1) / 2) h`, for which the spline is the
-    identity on the grid range (docs/theory.md, section 6). The output stays the base's, bit for bit, as B is 0.
+    H becomes 0 and spline weight g of every channel its place `low + (g - (k - 1) / 2) h`, less what F then is (0, or
+    1/2 with "sigmoid"), for which sigma is the identity on the grid range (docs/theory.md, section 6). The output stays
+    the base's, bit for bit, as B is 0.
 
     Raises ValueError, with the model as it was, if the model has no adapters, or a layer has no splines per channel or
     has been trained already (its B is not 0).
@@ -35,10 +36,11 @@ def start_as_identity(model: nn.Module) -> None:
     for layer in found.values():
         c, w = layer.config, layer.anl.spline_weight
         assert w is not None
-        places = torch.arange(w.shape[1], dtype=torch.float64) - (c.spline_order - 1) / 2
-        w.copy_((c.grid_range[0] + places / c.cells_per_unit).expand_as(w))
-        if layer.anl.H is not None:
-            layer.anl.H.zero_()
+        for p in layer.anl.parameters():
+            p.zero_()
+        constant = layer.anl(w.new_zeros(c.rank))  # F, and nothing else, as the splines are 0
+        places = torch.arange(w.shape[1], dtype=torch.float64, device=w.device) - (c.spline_order - 1) / 2
+        w.copy_(c.grid_range[0] + places / c.cells_per_unit - constant.unsqueeze(1))
 
 
 def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     known = catalogue()
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m benchmarks NAME [options]      (python -m benchmarks NAME --help shows the options)\n")
-        print("\n".join(f"  {name:<12}{line}" for name, line in known.items()))
+        print("\n".join(f"  {name:<15}{line}" for name, line in known.items()))
         return 0
     name, *options = argv
     if name not in known:

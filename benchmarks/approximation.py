@@ -8,6 +8,7 @@ H and the spline weights by L-BFGS, the best of several restarts. Every fit is o
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,7 +210,7 @@ def teacher_points(teacher: str, inputs: str) -> tuple[Points, Points]:
 
 @functools.cache
 def _texts() -> list[list[dict[str, Tensor]]]:
-    _, tokenizer = common.load_encoder()
+    _, tokenizer = learning.encoder()
     return [common.tokenize(tokenizer, side).inputs(400) for side in data.split(data.load("movies"))]
 
 
@@ -221,7 +222,7 @@ def _tokens(values: Tensor, mask: Tensor) -> Tensor:
 def activations() -> tuple[Tensor, Tensor]:
     """What MiniLM's third attention reads (384, N), from texts to learn and from held-out ones, made of unit variance
     together, without padding."""
-    encoder, _ = common.load_encoder()
+    encoder, _ = learning.encoder()
     found = []
     with torch.no_grad():
         for side in _texts():
@@ -236,10 +237,10 @@ def activations() -> tuple[Tensor, Tensor]:
 @functools.cache
 def finetuned() -> tuple[nn.Module, nn.Module]:
     """(encoder as it came, the same fully fine-tuned on the four corpora, as `learning` does it)."""
-    plan, before = learning.Plan(), common.load_encoder()[0]
+    plan, (before, _) = learning.Plan(), learning.encoder()
     learn, _ = learning.sides("held-out", plan.texts, plan.held)
     torch.manual_seed(0)
-    model = common.Reader(common.load_encoder()[0])
+    model = common.Reader(copy.deepcopy(before))
     common.train(model, learn, steps=plan.steps, lr=1.8e-4, size=learning.SIZE)
     return before, model.encoder
 
@@ -289,10 +290,7 @@ class Run(NamedTuple):
     grid_size: int = 5
     spline_order: int = 3
 
-    @property
-    def key(self) -> str:
-        """One line."""
-        return " ".join(f"{name}={value}" for name, value in self._asdict().items())
+    key = property(common.key)
 
     def config(self) -> aurora.AuroraConfig | None:
         """The adapter's options, None for MoSLoRA."""

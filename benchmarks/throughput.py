@@ -388,7 +388,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--rounds", type=int, default=40, help="rounds of every comparison (default: %(default)s)")
     add("--no-rival", action="store_true", help=f"leave out {RIVAL}, which needs a network once")
     add("--no-compile", action="store_true", help="leave out torch.compile, which needs a C++ compiler and minutes")
-    add("--quick", action="store_true", help="4 rounds, neither of the two, and the ends of the sweeps only")
+    add(
+        "--quick",
+        action="store_true",
+        help="4 rounds, neither of the two, two places of every sweep, to a folder `quick`",
+    )
     add(
         "--out",
         type=Path,
@@ -400,6 +404,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--rounds must be at least 2, got {options.rounds}")
     if options.quick:
         options.rounds, options.no_rival, options.no_compile = 4, True, True
+        options.out /= "quick"
     return options
 
 

@@ -478,3 +478,18 @@ def test_drawing_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"aurora-adapters\[benchmarks\]"):
         bounds.report_bounds(net()).plot()
+
+
+def test_layers_called_by_keyword_are_measured_too():
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x=x) if isinstance(self.fc, aurora.AuroraLinear) else self.fc(x)
+
+    model = Calls()
+    aurora.inject(model, "fc")
+    nn.init.normal_(model.fc.B)
+    aurora.assert_bounded(model, torch.randn(5, 4))

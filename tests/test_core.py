@@ -441,7 +441,7 @@ def test_layers_that_never_run_are_refused():
         (ReadsWeight(), r"proj$"),
     ):
         before = snapshot(model)
-        with pytest.raises(ValueError, match="reads its weight and never calls it"):
+        with pytest.raises(ValueError, match="bypasses its adapter"):
             aurora.inject(model, regex)
         assert_unchanged(model, before)
 
@@ -768,3 +768,116 @@ def test_public_names():
     for name in aurora.__all__:
         assert getattr(aurora, name).__doc__, name
     assert module.__doc__
+
+
+class Attends(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+def test_a_subclass_that_leaves_the_forward_to_its_parent_bypasses_too():
+    model = nn.Sequential(Attends(4, 2))
+    with pytest.raises(ValueError, match="Attends bypasses its adapter"):
+        aurora.inject(model, "out_proj")
+
+
+def test_a_layer_compiled_by_itself_is_refused_and_one_behind_a_checkpoint_is_adapted_once():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = nn.Sequential(torch.compile(nn.Linear(4, 4), backend="eager"), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="compile later"):
+        aurora.inject(model, "^0$")
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4)), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    before = model(x)
+    assert list(aurora.inject(model, "^0$").layers) == ["0"]
+    assert sum(isinstance(m, AuroraLinear) for m in model.modules()) == 1
+    disturb(model)
+    assert not torch.allclose(model(x), before)
+
+
+def test_a_block_with_widths_of_its_own_is_no_layer():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 4, 4
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+        def forward(self, x):
+            return self.body(x)
+
+    assert list(aurora.inject(nn.Sequential(Block()), "0").layers) == ["0.body.0", "0.body.2"]
+    assert list(aurora.inject(Block(), r"body\.0").layers) == ["body.0"]
+    with pytest.raises(TypeError, match="AuroraLinear"):
+        AuroraLinear(AuroraLinear(nn.Linear(4, 4)))
+
+
+def test_inject_asks_first_for_shapes_and_for_floats():
+    lazy = nn.Sequential(nn.Linear(6, 5), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"1\.weight has no shape yet"):
+        aurora.inject(lazy, "^0$")
+    assert type(lazy[0]) is nn.Linear
+    model = nn.Sequential(nn.Linear(6, 5), nn.Module())
+    model[1].code = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"1\.code .*integer dtype"):
+        aurora.inject(model, "^0$", train="code")
+    assert type(model[0]) is nn.Linear
+    aurora.inject(model, "^0$")
+
+
+def test_a_scripted_part_elsewhere_stays_as_it_is():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 5)))
+    model = nn.Sequential(nn.Linear(6, 5), scripted, nn.Linear(5, 2))
+    x = torch.randn(3, 6)
+    before = model(x)
+    aurora.inject(model, "^[02]$")
+    assert torch.equal(model(x), before)
+    disturb(model)
+    assert not torch.allclose(model(x), before)
+    aurora.remove(model)
+    assert torch.equal(model(x), before)
+    assert model[1] is scripted
+
+
+def test_a_part_injected_after_the_whole_keeps_what_the_whole_knew():
+    model = nn.ModuleDict({"enc": nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "norm": nn.LayerNorm(3)})})
+    aurora.inject(model, "enc.a", train="norm")
+    aurora.inject(model["enc"], "^b")
+    assert model["enc"]["norm"].weight.requires_grad
+    assert {p for p in model.parameters() if p.requires_grad} == set(aurora.parameters(model))
+    aurora.remove(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_head_that_was_exchanged_does_not_stop_remove():
+    model = nn.ModuleDict({"fc": nn.Linear(6, 5), "head": nn.Linear(5, 2)})
+    aurora.inject(model, "fc", train="head")
+    model["head"] = nn.Identity()
+    del model["fc"].base.bias
+    model["fc"].base.bias = None
+    aurora.remove(model)
+    assert model["fc"].weight.requires_grad
+
+
+def test_a_layer_that_is_the_whole_model_cannot_be_swapped():
+    layer = AuroraLinear(nn.Linear(6, 5), mode="static")
+    for act in (aurora.remove, aurora.merge, core.merge):
+        before = layer.base.weight.clone()
+        with pytest.raises(ValueError, match=r"the model is itself an? AuroraLinear"):
+            act(layer)
+        assert torch.equal(layer.base.weight, before)
+
+
+def test_a_model_moved_for_inference_can_train_afterwards():
+    model = encoder()
+    aurora.inject(model, "query")
+    with torch.inference_mode():
+        model.to("cpu")
+    model(IDS).sum().backward()
+    assert aurora.parameters(model)[1].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("learnable", [1, "yes", None])
+def test_learnable_is_a_bool(learnable):
+    with pytest.raises(ValueError, match="learnable"):
+        AuroraConfig(learnable=learnable)

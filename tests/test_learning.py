@@ -387,7 +387,7 @@ def test_the_command_goes_on_from_its_lines_and_says_when_there_are_none(tmp_pat
     for line in made_up(learning.QUICK, worse=True).values():
         common.append(tmp_path / "quick" / "learning.jsonl", line)
     learning.main(arguments)
-    assert "AuroRA loses to LoRA r=2" in capsys.readouterr().out
+    assert "AuroRA loses to LoRA of the same rank" in capsys.readouterr().out
     assert (tmp_path / "quick" / "learning.md").is_file()
 
 

@@ -580,3 +580,114 @@ def test_training_against_the_gap_closes_it():
 def test_affine_is_a_record():
     one = torch.eye(2, dtype=torch.float64)
     assert Affine(one, 0 * one, torch.zeros(2, dtype=torch.float64)).error(Moments(6), one) == 0.0
+
+
+class Masked(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.tril(), self.bias)
+
+
+class Turned(nn.Module):
+    """x W where nn.Linear has x W^T."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.in_features, self.out_features = n_in, n_out
+        self.weight = nn.Parameter(torch.randn(n_in, n_out))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def hooked():
+    layer = nn.Linear(6, 6)
+    layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: Masked(6, 6), lambda: Turned(6, 6), lambda: Turned(6, 5), hooked])
+def test_a_layer_that_computes_more_than_its_weight_is_not_merged(make):
+    model = nn.Sequential(make())
+    aurora.inject(model, "0", mode="static")
+    before = model[0].base.weight.clone()
+    with pytest.raises(ValueError, match="computes more than x W"):
+        aurora.merge(model)
+    assert torch.equal(model[0].base.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rounding_and_zero_weights_are_not_taken_for_more(dtype):
+    model = nn.Sequential(nn.Linear(512, 64, dtype=dtype), nn.Linear(64, 3, bias=False, dtype=dtype))
+    nn.init.zeros_(model[1].weight)
+    aurora.inject(model, "0|1", mode="static")
+    assert aurora.merge(model).merged == ["0", "1"]
+
+
+def altered_by_inject(model):
+    aurora.inject(model, "first")
+
+
+def altered_by_dtype(model):
+    model.bfloat16()
+
+
+def altered_in_place(model):
+    with torch.no_grad():
+        model.first.weight.add_(1)
+
+
+@pytest.mark.parametrize("alter", [altered_by_inject, altered_by_dtype, altered_in_place])
+def test_unmerge_refuses_what_has_changed_since(alter):
+    model = trained()
+    report = aurora.merge(model)
+    alter(model)
+    with pytest.raises(ValueError, match="no longer as the merge left it"):
+        report.unmerge()
+
+
+def test_unmerge_returns_adapters_in_the_mode_of_the_model():
+    model = trained(dropout=0.5).train()
+    x = batches(1)[0]
+    report = aurora.merge(model)
+    model.eval()
+    report.unmerge()
+    assert torch.equal(model(x), model(x))
+
+
+def test_a_bias_gained_in_a_partial_merge_trains_again_with_its_weight():
+    model = trained()
+    errors = {
+        row.name: row.errors["calibrated"] for row in aurora.merge(copy.deepcopy(model), "calibrated", batches()).layers
+    }
+    assert errors["second"] < max(errors.values())
+    report = aurora.merge(model, "calibrated", batches(), tolerance=errors["second"])
+    assert report.dynamic
+    assert not model.second.bias.requires_grad
+    aurora.merge(model)
+    assert model.second.bias.requires_grad
+    assert model.second.weight.requires_grad
+
+
+def test_held_out_batches_judge_a_merge_that_needs_none():
+    model = trained()
+    report = aurora.merge(copy.deepcopy(model), "linear", held_out=batches())
+    assert all(set(row.errors) == {"linear"} and row.errors["linear"] > 0 for row in report.layers)
+    kept = aurora.merge(model, "linear", held_out=batches(), tolerance=0.0)
+    assert kept.merged == []
+
+
+@pytest.mark.parametrize("x", [torch.randn(1, 6), torch.zeros(3, 6), torch.ones(5, 6), torch.randn(0, 6)])
+def test_linearity_of_few_or_equal_rows_is_a_number(x):
+    model = trained()
+    with aurora.watch_linearity(model) as gap:
+        model(torch.randn(4, 6))
+        model(x)
+    assert gap().isfinite()
+
+
+def test_meta_weights_are_not_merged():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    aurora.inject(model, "0")
+    with pytest.raises(ValueError, match="meta"):
+        aurora.merge(model)

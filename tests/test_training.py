@@ -113,3 +113,11 @@ def test_it_works_without_f_on_meta_and_in_half_precision() -> None:
     aurora.start_as_identity(half)
     z = torch.linspace(-1, 1, 9).expand(2, -1)
     torch.testing.assert_close(half["one"].anl.columns(z), z, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "leaky_relu"])
+def test_it_is_the_identity_for_every_activation(activation: str) -> None:
+    model = build(spline="per-channel", activation=activation)
+    aurora.start_as_identity(model)
+    z = torch.linspace(-1, 1, 9).expand(2, -1)
+    torch.testing.assert_close(model["one"].anl.columns(z), z, atol=1e-6, rtol=0)
