@@ -39,7 +39,8 @@ def start_as_identity(model: nn.Module) -> None:
         for p in layer.anl.parameters():
             p.zero_()
         constant = layer.anl(w.new_zeros(c.rank))  # F, and nothing else, as the splines are 0
-        places = torch.arange(w.shape[1], dtype=torch.float64, device=w.device) - (c.spline_order - 1) / 2
+        wide = torch.promote_types(w.dtype, torch.float32)
+        places = torch.arange(w.shape[1], dtype=wide, device=w.device) - (c.spline_order - 1) / 2
         w.copy_(c.grid_range[0] + places / c.cells_per_unit - constant.unsqueeze(1))
 
 

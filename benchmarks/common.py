@@ -88,11 +88,11 @@ def write_report(out: Path, name: str, title: str, parts: Sequence[str], *, pict
 
 
 @contextlib.contextmanager
-def picture(path: Path, columns: int = 1) -> Iterator[list[Any]]:
-    """Inside the block draw on the `columns` matplotlib axes given; then they are saved as PNG."""
+def picture(path: Path, columns: int = 1, height: float = 4) -> Iterator[list[Any]]:
+    """Inside the block draw on the `columns` matplotlib axes, `height` inches high; then they are saved as PNG."""
     need("matplotlib").use("Agg")
     pyplot = need("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(1, columns, figsize=(5.5 * columns, 4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, columns, figsize=(5.5 * columns, height), layout="constrained", squeeze=False)
     try:
         yield list(axes[0])
         path.parent.mkdir(parents=True, exist_ok=True)
