@@ -27,7 +27,8 @@ from benchmarks import common, data
 QUERY_VALUE = r"attention\.self\.(query|value)"
 EVERY_LINEAR = r"layers\.\d+\..*_proj$"
 CALIBRATION = 256  # sequences
-MERGED = (*merging.METHODS, "layer after layer", "from x")
+NO_DATA, IN_TURN, FROM_X = "linear, no data", "layer after layer", "from x"
+MERGED = (*merging.METHODS, NO_DATA, IN_TURN, FROM_X)
 Record = dict[str, Any]
 
 
@@ -80,22 +81,26 @@ def _fold(model: nn.Module, layer: core.AuroraLinear, weight: Tensor, bias: Tens
 
 def merge(model: nn.Module, method: str, batches: Sequence[Any]) -> None:
     """Merge by any of MERGED."""
-    if method == "layer after layer":
+    if method == NO_DATA:
+        merging.merge(model, "linear")
+    elif method == IN_TURN:
         merge_in_turn(model, batches)
-    elif method == "from x":
+    elif method == FROM_X:
         merge_from_x(model, batches)
     else:
         merging.merge(model, method, batches, held_out=batches[:1])
 
 
-def compare(model: nn.Module, judge: Callable[[nn.Module], Tensor], batches: Sequence[Any], extra: bool) -> Record:
-    """Scores of every held-out unit: adapters off, dynamic, merged by each method; seconds of the calibration."""
+def compare(
+    model: nn.Module, judge: Callable[[nn.Module], Tensor], batches: Sequence[Any], methods: Sequence[str]
+) -> Record:
+    """Scores of every held-out unit: adapters off, dynamic, merged by each method; seconds of every merge."""
     with torch.inference_mode():
         dynamic = judge(model)
         with aurora.disabled(model):
             off = judge(model)
     found: Record = {"off": _mean(off), "dynamic": _mean(dynamic), "units": len(dynamic)}
-    for method in MERGED if extra else merging.METHODS:
+    for method in methods:
         merged = copy.deepcopy(model)
         start = time.perf_counter()
         merge(merged, method, batches)
@@ -153,8 +158,10 @@ def encoder_run(
             parts.append(torch.stack([hit, -loss], 1)[b.ratings != 0])
         return torch.cat(parts)
 
-    plain = not (penalty or recommended)
-    found = compare(model.eval(), judge, batches, extra=seed == 0 and rank == 2 and plain)
+    methods = (*merging.METHODS, NO_DATA) if recommended else merging.METHODS
+    if seed == 0 and rank == 2 and not (penalty or recommended):
+        methods = (*merging.METHODS, IN_TURN, FROM_X)
+    found = compare(model.eval(), judge, batches, methods)
     return found | {"epoch seconds": epoch, "trained on": len(training.tokens)}
 
 
@@ -196,7 +203,8 @@ def language_run(rank: int, seed: int, texts: int, steps: int, length: int = 48)
     def judge(model: nn.Module) -> Tensor:
         return torch.cat([-common.next_token_loss(model, part).double() for part in judged.split(16)]).unsqueeze(1)
 
-    return compare(model.eval(), judge, batches, extra=False) | {"epoch seconds": epoch, "trained on": len(training)}
+    found = compare(model.eval(), judge, batches, merging.METHODS)
+    return found | {"epoch seconds": epoch, "trained on": len(training)}
 
 
 # --- All runs --------------------------------------------------------------------------------------------------------
@@ -271,7 +279,7 @@ def report(out: Path, records: dict[str, Record]) -> Path:
     for run, record in records.items():
         details = ("seed=", "texts=", "steps=", *data.CORPORA)
         groups.setdefault(" ".join(w for w in run.split() if not w.startswith(details)), []).append(record)
-        if all(method in record for method in MERGED):
+        if IN_TURN in record:
             groups.setdefault("all five methods, rank=2 seed=0", []).append(record)
     with common.picture(out / "merging.png") as (axes,):
         for i, method in enumerate(merging.METHODS):
@@ -288,11 +296,11 @@ def report(out: Path, records: dict[str, Record]) -> Path:
 READING = (
     "Gain kept: (merged - off) / (dynamic - off), a ratio of means over the runs, with its standard error over runs. "
     "Static: the paper's merge. Linear: first order at the mean of the calibration data. Calibrated: least squares on "
-    f"{CALIBRATION} training sequences. Layer after layer: calibrated in turn on what merged layers produce. "
-    "From x: least squares from the layer's input instead of its hidden vector. Penalty: trained with 0.1 times "
-    "`watch_linearity`'s gap in the loss. Recommended: the guide's setting instead of the paper's. In the table of "
-    "runs, accuracy in percent (for SmolLM2 minus the next-token loss in nats), in brackets the standard error of the "
-    "paired difference to dynamic on the same held-out texts."
+    f"{CALIBRATION} training sequences. Linear, no data: first order at 0. Layer after layer: calibrated in turn on "
+    "what merged layers produce. From x: least squares from the layer's input instead of its hidden vector. Penalty: "
+    "trained with 0.1 times `watch_linearity`'s gap in the loss. Recommended: the guide's setting, not the paper's. "
+    "In the table of runs, accuracy in percent (for SmolLM2 minus the next-token loss in nats), in brackets the "
+    "standard error of the paired difference to dynamic on the same held-out texts."
 )
 
 
