@@ -369,7 +369,7 @@ def _measure(model: nn.Module, inputs: Any) -> list[tuple[str, _Measured]]:
     calls: list[tuple[str, Tensor, Tensor]] = []
 
     def record(name: str, layer: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], out: Tensor) -> Tensor:
-        calls.append((name, (args[0] if args else named["x"]).detach().clone(), out))
+        calls.append((name, training.layer_input(args, named).detach().clone(), out))
         return out.clone()  # what the model then does in place leaves the recorded tensor alone
 
     with contextlib.ExitStack() as undo:

@@ -3,8 +3,8 @@
 The file is in the safetensors format: tensors under the names of `aurora.adapter_state_dict`, and in the metadata,
 under "aurora", one JSON object: `version`, `configs` (each an AuroraConfig), `layers` (name: in_features, out_features,
 index into `configs`) and `train` (names of the parameters that `train=` kept, and of the persistent buffers beside
-them, such as a BatchNorm's running statistics). Nothing in it is ever executed, and
-nothing is written into the model before all of it has been checked against the model and against itself.
+them, such as a BatchNorm's running statistics). Nothing in it is ever executed, and nothing is written into the model
+before all of it has been checked against the model and against itself.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
     header, tensors = _read(Path(path))
     adapted = any(isinstance(module, core.AuroraLinear) for _, module in core.walk(model))
     problems = _differences(_Header.of(model), header) if adapted else _misfits(model, header)
-    problems += _wrong_shapes(model, header, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    problems += _wrong_dtypes(model, tensors)
+    base = {name: buffer for name, (_, buffer) in _buffers(model).items()} | core.base_parameters(model)
+    problems += _wrong_shapes(base, header, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    problems += _wrong_dtypes(base, tensors)
     if problems:
         raise ValueError(f"{path} does not fit this model, nothing was loaded:\n  " + "\n  ".join(problems))
     if adapted:
@@ -127,9 +128,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     With them the persistent buffers of what `train=` kept, such as a BatchNorm's running statistics.
     """
-    kept = [(n, m) for n, m in core.walk(model) if m.__dict__.get("_aurora_train")]
-    found = ((f"{n}.{k}", b) for n, m in kept for k, b in m._buffers.items() if k not in m._non_persistent_buffers_set)
-    buffers = {name.removeprefix("."): b for name, b in found if b is not None}
+    buffers = {name: b for name, (owner, b) in _buffers(model).items() if owner.__dict__.get("_aurora_train")}
     return {name: tensor.detach() for name, tensor in (core.trained_parameters(model) | buffers).items()}
 
 
@@ -235,8 +234,7 @@ def _differences(own: _Header, header: _Header) -> list[str]:
     return sorted(problems) + way_out
 
 
-def _wrong_shapes(model: nn.Module, header: _Header, given: _Shapes) -> list[str]:
-    base = _base_tensors(model)
+def _wrong_shapes(base: Mapping[str, Tensor], header: _Header, given: _Shapes) -> list[str]:
     wanted = header.adapter_shapes() | {name: tuple(base[name].shape) for name in header.train if name in base}
     problems = [f"{name}: trained in the file, missing in the model" for name in header.train if name not in base]
     for name in sorted((wanted | given).keys() - (set(header.train) - base.keys())):
@@ -247,15 +245,16 @@ def _wrong_shapes(model: nn.Module, header: _Header, given: _Shapes) -> list[str
     return problems
 
 
-def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that are no adapter's, by their original names."""
-    buffers = ((f"{n}.{key}", b) for n, m in core.walk(model) for key, b in m._buffers.items() if b is not None)
-    return {name.removeprefix("."): b for name, b in buffers} | core.base_parameters(model)
+def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
+    """The persistent buffers by their original names, each with the module that has it."""
+    found = ((n, m, key, b) for n, m in core.walk(model) for key, b in m._buffers.items() if b is not None)
+    kept = ((n, m, key, b) for n, m, key, b in found if key not in m._non_persistent_buffers_set)
+    return {f"{n}.{key}".removeprefix("."): (m, b) for n, m, key, b in kept}
 
 
-def _wrong_dtypes(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
+def _wrong_dtypes(base: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     """What copying would cast without a word: only floating point goes into floating point."""
-    base, floats = _base_tensors(model), (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     wrong = (n for n, t in given.items() if t.dtype not in floats and (n not in base or t.dtype != base[n].dtype))
     return [f"{name}: {given[name].dtype} cannot be an adapter's" for name in wrong]
 

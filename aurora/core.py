@@ -366,15 +366,15 @@ def inject(
     All or nothing: on an error the model is as it was. ValueError: a regex that is invalid or matches nothing, a layer
     that is adapted already, or one that its parent never calls; TypeError: a match that has weights but is not linear.
     """
-    config, owners, base = _configure(rank, options), _owners(model), base_parameters(model)
+    config, owners = _configure(rank, options), _owners(model)
     try:
         pattern, kept_pattern = re.compile(target_regex), re.compile("(?!)" if train is None else train)
     except re.error as error:
         raise ValueError(f"{error.pattern!r} is not a regular expression: {error}") from error
-    kept = {name for name in base if kept_pattern.search(name)}
+    kept = {name for name in owners if kept_pattern.search(name)}
     if train is not None and not kept:
-        raise ValueError(f"train={train!r} matches no parameter; their names are like {next(iter(base), None)!r}")
-    for name, p in base.items():
+        raise ValueError(f"train={train!r} matches no parameter; their names are like {next(iter(owners), None)!r}")
+    for name, (*_, p) in owners.items():
         if nn.parameter.is_lazy(p) or (name in kept and not p.is_floating_point()):
             raise ValueError(f"{name} has no shape yet (run the model once) or an integer dtype (drop it from train=)")
     targets = _targets(model, pattern)
@@ -385,7 +385,7 @@ def inject(
         owner.__dict__.setdefault("_aurora_train", set()).update([key] if name in kept else [])
     swap(model, new)
     trained = set(parameters(model))
-    for p in base.values():
+    for *_, p in owners.values():
         p.requires_grad_(p in trained)
     trainable, total = (sum(p.numel() for p in ps) for ps in (trained, model.parameters()))
     return Injection({name: new[layer] for layer, name in targets.items()}, trainable, total)

@@ -143,7 +143,7 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Moments]:
         static = torch.cat([layer.anl(part) for part in torch.split(layer.A.t(), size)]).t()  # (r, in_features)
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = inputs[0] if inputs else named["x"]
+            x = training.layer_input(inputs, named)
             kept = mask.bool().flatten() if mask is not None and x.shape[:-1] == mask.shape else None
             for i, part in enumerate(torch.split(x.reshape(-1, layer.in_features), size)):
                 z, u = (nn.functional.linear(part, matrix.to(part.dtype)) for matrix in (layer.A, static))
@@ -371,11 +371,16 @@ def computes_linear(layer: core.AuroraLinear) -> bool:
     """
     W: Any = layer.base.weight
     x = torch.arange(1.0, 1 + layer.in_features, device=W.device).cos().to(W.dtype).unsqueeze(0)
-    W = W.t() if type(layer.base).__name__ == "Conv1D" else W
+    W = _turned(layer, W)
     if W.shape != (layer.out_features, layer.in_features):
         return False
     wanted = nn.functional.linear(x, W, _bias(layer.base))
     return not (layer.base(x) - wanted).norm() > 0.05 * wanted.norm()  # NaN is another check's
+
+
+def _turned(layer: core.AuroraLinear, matrix: Tensor) -> Tensor:
+    """A matrix (out_features, in_features) as the base stores its weight, or back: GPT-2's Conv1D has it transposed."""
+    return matrix.t() if type(layer.base).__name__ == "Conv1D" else matrix
 
 
 def _bias(base: nn.Module) -> nn.Parameter | None:
@@ -389,8 +394,7 @@ def merged_tensors(name: str, layer: core.AuroraLinear, fitted: Affine) -> tuple
     static = layer.anl(A.t()).t() if K.any() else torch.zeros_like(A)
     update = layer.scaling * B @ (M @ A + K @ static)
     weight = layer.merged_weight(update)
-    stored = update.t() if type(layer.base).__name__ == "Conv1D" else update
-    rounding = _norm(weight.double() - layer.weight.double() - stored) / (_norm(update) or 1.0)
+    rounding = _norm(weight.double() - layer.weight.double() - _turned(layer, update)) / (_norm(update) or 1.0)
     offset, old, bias = layer.scaling * B @ c, _bias(layer.base), None
     if offset.any():
         total = offset if old is None else old.double() + offset
@@ -416,7 +420,7 @@ def watch_linearity(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
 
     def watch(name: str, layer: core.AuroraLinear) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = (inputs[0] if inputs else named["x"]).reshape(-1, layer.in_features)
+            x = training.layer_input(inputs, named).reshape(-1, layer.in_features)
             if not len(x):
                 return
             z = nn.functional.linear(x, layer.A.to(x.dtype)).float()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aurora import core
 
@@ -66,6 +66,12 @@ def call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def layer_input(args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """The x that an adapted layer was called with, by position or by name, as hooks are given it."""
+    x: Tensor = args[0] if args else named["x"]
+    return x
 
 
 @contextlib.contextmanager

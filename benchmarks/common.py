@@ -28,6 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# The guide's setting, with `aurora.start_as_identity` and the rates of `aurora.parameter_groups`.
+RECOMMENDED: dict[str, Any] = {"spline": "per-channel", "grid_range": (-4.0, 4.0)}
+
 
 class BenchmarkError(RuntimeError):
     """What a person can mend; the message says how."""

@@ -48,9 +48,11 @@ class Place(NamedTuple):
     def share(self, model: nn.Module) -> None:
         """Draw every A anew, layer by layer from a seed of its own, so that methods of a rank start with the same, and
         that of a smaller rank is part of that of a larger."""
+        if self.seed is None:
+            return
         found = [p for name, p in model.named_parameters() if re.search(r"\.(A|lora_A\.default\.weight)$", name)]
-        for i, A in enumerate(found if self.seed is not None else ()):
-            generator = torch.Generator().manual_seed(1000 * (self.seed or 0) + i)
+        for i, A in enumerate(found):
+            generator = torch.Generator().manual_seed(1000 * self.seed + i)
             drawn = torch.rand(16, A.shape[1], generator=generator)[: A.shape[0]]
             A.copy_((2 * drawn - 1) / math.sqrt(A.shape[1]))  # as Kaiming-uniform(a = sqrt 5) does
 
@@ -188,7 +190,7 @@ def add_identity(layer: core.AuroraLinear, _: Tensor) -> None:
 def methods() -> dict[str, Method]:
     """All by name: those that are judged on the held-out folds, then the settings that are tried on development."""
     per_channel: dict[str, Any] = {"spline": "per-channel"}
-    wide, fast = {**per_channel, "grid_range": (-4.0, 4.0)}, {r"\.anl\.": 10.0}
+    wide, fast = common.RECOMMENDED, {r"\.anl\.": 10.0}
     found = {
         "head only": plain(HEAD),
         "full": plain(""),
@@ -268,6 +270,10 @@ class Run(NamedTuple):
     start: str = "own"
 
     key = property(common.key)
+
+    def placed(self, place: Place) -> Place:
+        """The place with this run's shared start, if it has one."""
+        return place._replace(seed=self.seed) if self.start == "shared" else place
 
 
 @functools.cache
@@ -352,7 +358,7 @@ def read_ratings(run: Run) -> Record:
     method, (learn, judged) = methods()[run.method], sides(run.side, run.texts, run.held)
     torch.manual_seed(run.seed)
     model = common.Reader(copy.deepcopy(encoder()[0])).eval()
-    method.prepare(model, learn.inputs(128), ENCODER._replace(seed=run.seed if run.start == "shared" else None))
+    method.prepare(model, learn.inputs(128), run.placed(ENCODER))
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     found: Record = {"adapter": sum(n for name, n in trained.items() if not re.search(HEAD, name))}
     inside = functools.partial(diagnose, model, learn.inputs(128), learn.sample(64).batches(64)[0])
@@ -385,7 +391,7 @@ def continue_texts(run: Run) -> Record:
     torch.manual_seed(run.seed)
     model = copy.deepcopy(source)
     sample = {"input_ids": learn[:16], "attention_mask": torch.ones_like(learn[:16])}
-    method.prepare(model, [sample], LANGUAGE._replace(seed=run.seed))
+    method.prepare(model, [sample], run.placed(LANGUAGE))
     rates = groups(model, method, run.lr)
     seconds = common.train_language(model, learn, rates, steps=run.steps, lr=run.lr, seed=run.seed)
 
@@ -562,7 +568,8 @@ class Estimate(NamedTuple):
         return ("+" if self.mean >= 0 else "") + str(self)
 
 
-Judged = dict[str, dict[tuple[str, int], Record]]  # method -> (corpus, seed) -> record
+Records = Mapping[tuple[str, int], Record]  # of a method: (corpus, seed) -> record
+Judged = dict[str, dict[tuple[str, int], Record]]
 
 
 def judged(plan: Plan, lines: Mapping[str, Record]) -> Judged:
@@ -579,9 +586,7 @@ def judged(plan: Plan, lines: Mapping[str, Record]) -> Judged:
     return found
 
 
-def accuracy(
-    records: Mapping[tuple[str, int], Record], against: Mapping[tuple[str, int], Record] | None = None
-) -> Estimate:
+def accuracy(records: Records, against: Records | None = None) -> Estimate:
     """Mean over the corpora, or the mean difference on the runs that both have. The error counts both the texts, whose
     hits are paired, and the seeds, if there are several."""
     found = []
@@ -591,19 +596,13 @@ def accuracy(
     return _over_corpora(found)
 
 
-def pearson(
-    records: Mapping[tuple[str, int], Record], against: Mapping[tuple[str, int], Record] | None = None
-) -> Estimate:
+def pearson(records: Records, against: Records | None = None) -> Estimate:
     """Likewise of Pearson's correlation; its error counts the seeds only."""
     found = _gaps(records, against, lambda record: np.float64(record["pearson"]))  # (seeds,)
     return _over_corpora([(gaps.mean(), _variance_of_mean(gaps, alone=math.nan)) for gaps in found])
 
 
-def _gaps(
-    records: Mapping[tuple[str, int], Record],
-    against: Mapping[tuple[str, int], Record] | None,
-    value: Callable[[Record], Any],
-) -> list[Any]:
+def _gaps(records: Records, against: Records | None, value: Callable[[Record], Any]) -> list[Any]:
     """Corpus by corpus, the values by seed, minus those of the other method where it has that seed."""
     found: dict[str, list[Any]] = {}
     for key in (key for key in records if against is None or key in against):
@@ -625,7 +624,7 @@ def _over_corpora(found: Sequence[tuple[float, float]]) -> Estimate:
     return Estimate(float(np.mean(means)), math.sqrt(sum(variances)) / len(variances))
 
 
-def of(corpus: str, records: Mapping[tuple[str, int], Record]) -> dict[tuple[str, int], Record]:
+def of(corpus: str, records: Records) -> Records:
     """The records of one corpus."""
     return {key: r for key, r in records.items() if key[0] == corpus}
 
@@ -747,8 +746,7 @@ def verdict(found: Judged) -> list[str]:
         told.append(f"accuracy - that of {other}: {gap.signed} points, {sigma:+.1f} standard errors")
     lost = []
     for name in (name for name in found if name.startswith("AuroRA")):
-        rank = re.search(r"r=\d+", name)
-        lora = f"LoRA {rank[0]}" if rank else ""
+        lora = f"LoRA {name.split()[1]}"  # of the same rank, "r=2"
         for score, label in ((accuracy, "accuracy"), (pearson, "Pearson")):
             gap = score(found[name], found.get(lora, {}))
             if gap.mean < -2 * gap.error:

@@ -132,7 +132,7 @@ def encoder_run(
     training, judged = (common.tokenize(tokenizer, side, scale=scale) for side in (learn, held))
     torch.manual_seed(seed)
     model = common.Reader(encoder)
-    options: dict[str, Any] = {"spline": "per-channel", "grid_range": (-4.0, 4.0)} if recommended else {}
+    options = common.RECOMMENDED if recommended else {}
     aurora.inject(model, QUERY_VALUE, rank, alpha=2.0 * rank, train=r"^head\.", **options)
     groups = None
     if recommended:

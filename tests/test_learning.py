@@ -232,8 +232,8 @@ def test_diagnosis_measures_shares_and_gradients(tiny) -> None:
 # --- all runs --------------------------------------------------------------------------------------------------------
 
 
-def lines_of(losses: dict[int, float], name: str = "LoRA r=2", full: bool = False) -> dict:
-    make = FEW.develop if full else FEW.attempt
+def lines_of(losses: dict[int, float], name: str = "LoRA r=2", full: bool = False, plan: Plan = FEW) -> dict:
+    make = plan.develop if full else plan.attempt
     runs = {make(name, learning.rate(i)): loss for i, loss in losses.items()}
     return {run.key: {"run": run.key, **run._asdict(), "loss": loss} for run, loss in runs.items()}
 
@@ -351,10 +351,7 @@ def made_up(plan: Plan, worse: bool) -> dict:
     """Lines of a whole benchmark, in which AuroRA is far worse than the others, or far better."""
     good, bad, lines = "1" * 60 + "0" * 20, "1" * 30 + "0" * 50, {}
     for name in plan.names:
-        short, full = ({learning.rate(i): loss for i, loss in losses.items()} for losses in (VALLEY, NARROW))
-        runs = {plan.attempt(name, lr): loss for lr, loss in short.items()}
-        runs |= {plan.develop(name, lr): loss for lr, loss in full.items()}
-        lines |= {run.key: {"run": run.key, **run._asdict(), "loss": loss} for run, loss in runs.items()}
+        lines |= lines_of(VALLEY, name, plan=plan) | lines_of(NARROW, name, full=True, plan=plan)
         hits = bad if worse == name.startswith("AuroRA") else good
         for seed in range(3):
             run = plan.judge(name, 1.8e-3, seed)
