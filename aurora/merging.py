@@ -394,6 +394,7 @@ def merge(
             base.bias = nn.Parameter(offset, base.weight.requires_grad)
     if chosen:
         core.remove(model, [layers[name] for name in chosen])
+        core.mark_merged([layers[name] for name in chosen])
     undo.written = {name: undo.seen(layers[name]) for name in chosen}
     return MergeReport(rows, undo)
 
