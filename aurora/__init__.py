@@ -3,7 +3,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from aurora.checkpoint import adapter_state_dict, load, load_adapter_state_dict, save
+from aurora.checkpoint import (
+    Loaded,
+    adapter_state_dict,
+    load,
+    load_adapter_state_dict,
+    save,
+)
 from aurora.core import (
     ANL,
     AuroraConfig,
@@ -27,6 +33,7 @@ __all__ = [
     "AuroraLinear",
     "BoundsReport",
     "Certificate",
+    "Loaded",
     "MergeReport",
     "adapter_state_dict",
     "assert_bounded",
