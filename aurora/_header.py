@@ -104,9 +104,8 @@ class Header:
 
     def unlike(self, own: Header) -> list[str]:
         """What keeps an injected model, with the header `own`, from taking the file's values."""
-        problems = [
-            f"{shown(n)}: adapted in the file only" for n in self.layers.keys() - own.layers
-        ]
+        only = self.layers.keys() - own.layers.keys()
+        problems = [f"{shown(name)}: adapted in the file only" for name in only]
         only = own.layers.keys() - self.layers.keys()
         problems += [f"{shown(name)}: adapted in the model only" for name in only]
         once = set(own.train) ^ set(self.train)

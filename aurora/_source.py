@@ -183,26 +183,28 @@ class _Move(NamedTuple):
 
 
 def _move(names: list[str], view: core.ModelView) -> _Move:
-    """As they are; else in a part of the model, such as "0.model"; else without their head.
+    """As they are, if any name is the model's; else the one move under which most of them are.
 
-    ValueError if they fit nowhere, or at several places.
+    That is into a part of the model, such as "0.model", or out of what the checkpoint had around
+    it, such as "bert". ValueError if most fit nowhere, or at several places.
     """
     if any(name in view.modules for name in names):
         return _Move("", "")
     head = names[0].split(".")[0] + "."
-    moves = [_Move("", prefix) for prefix in view.modules if prefix]
-    if all(name.startswith(head) for name in names):
-        moves.append(_Move(head, ""))
     first, places = first_names(view), dict[tuple[str, ...], _Move]()
-    for move in moves:
-        if all(move(name) in view.modules for name in names):
-            places.setdefault(tuple(first[view.modules[move(name)]] for name in names), move)
-    if not places:
+    for move in [*(_Move("", prefix) for prefix in view.modules if prefix), _Move(head, "")]:
+        moved = [move(name) for name in names]
+        there = [first[view.modules[name]] for name in moved if name in view.modules]
+        if 2 * len(there) > len(names):
+            places.setdefault(tuple(there), move)
+    most = max(map(len, places), default=0)
+    best = [move for there, move in places.items() if len(there) == most]
+    if not best:
         raise ValueError(f"its layers are not in the model, such as {shown(names[0])}")
-    if len(places) > 1:
-        parts = ", ".join(shown(move.prefix or "the whole") for move in places.values())
+    if len(best) > 1:
+        parts = ", ".join(shown(move.prefix or "the whole") for move in best)
         raise ValueError(f"it fits several parts of the model; load into one of: {parts}")
-    return next(iter(places.values()))
+    return best[0]
 
 
 def _from_checkpoint(path: Path, checkpoint: _Checkpoint, view: core.ModelView) -> Source:

@@ -24,7 +24,7 @@ import re
 import warnings
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +256,7 @@ def _gathered(tensor: Tensor) -> Tensor:
             "the adapters are on the meta device and hold no values; materialise the model first"
         )
     whole: Any = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.cpu()  # type: ignore[no-any-return]
+    return cast(Tensor, whole.cpu())
 
 
 def _rank() -> int:
@@ -308,10 +308,10 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], title: str) -> None:
 
 def _distributed(tensor: Tensor, like: Any) -> Tensor:
     """A tensor in shards, as FSDP2 or tensor parallelism keeps the model's."""
+    distributed: Any
     try:
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed import tensor as distributed
     except ImportError:  # PyTorch 2.4
-        from torch.distributed import _tensor
-
-        distribute_tensor = _tensor.distribute_tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+        from torch.distributed import _tensor as distributed
+    mesh, placements = like.device_mesh, like.placements
+    return cast(Tensor, distributed.distribute_tensor(tensor.to(like.device), mesh, placements))
