@@ -33,12 +33,12 @@ class _Interrupt:
                 raise self.error(f"line {frame.f_lineno} of {frame.f_code.co_filename}")
         return self
 
-    def during(self, action: Callable[[], object]) -> bool:
-        """Run the action; whether it ended by our error."""
+    def during(self, action: Callable[[T], object], subject: T) -> bool:
+        """Run `action(subject)`; whether it ended by our error."""
         before = sys.gettrace()
         sys.settrace(self)
         try:
-            action()
+            action(subject)
         except self.error:
             return True
         finally:
@@ -60,7 +60,9 @@ def interrupted_at_every_line(
     as before or as after. A last, undisturbed run ends with `check(subject, True)`, so that a
     check cannot pass because nothing ever happens.
 
-        def check(model, finished): assert describe(model) in ((after,) if finished else (before, after))
+        def check(model, finished):
+            assert describe(model) in ([after] if finished else [before, after])
+
         count = interrupted_at_every_line(make_model, lambda m: aurora.inject(m, "0"), check)
 
     Args:
@@ -76,13 +78,13 @@ def interrupted_at_every_line(
     for _ in range(2):  # what is cached at the first call is cached now
         subject = prepare()
         trace = _Interrupt(-1, error)
-        assert not trace.during(lambda: action(subject))
+        assert not trace.during(action, subject)
     check(subject, True)
     assert trace.lines > 0, "the action runs no line of aurora/"
     for n in range(trace.lines):
         subject = prepare()
         planted = _Interrupt(n, error)
-        assert planted.during(lambda: action(subject)), f"line event {n} was not reached"
+        assert planted.during(action, subject), f"line event {n} was not reached"
         check(subject, False)
     return trace.lines
 

@@ -7,13 +7,19 @@ import os
 import pickle
 import random
 import re
+import signal
+import stat
 import struct
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch as safetensors
 import torch
-from support import everything, make_model, refused, trained
+from support import everything, interrupted_at_every_line, make_model, refused, trained
 from torch import nn
 
 import aurora
@@ -263,7 +269,8 @@ def test_buffers_persist_and_may_be_infinite_where_the_models_are(tmp_path):
     path, source = tmp_path / "a.safetensors", build()
     aurora.inject(source, "^0$", train=r"^1\.")
     aurora.save(source, path)
-    assert "1.mask" in contents(path)[1] and "1.scratch" not in contents(path)[1]
+    assert "1.mask" in contents(path)[1]
+    assert "1.scratch" not in contents(path)[1]
     assert aurora.load(build(), path).train == ("1.weight", "1.bias", "1.mask")
     rewrite(path, path, tensors={"1.mask": torch.full((3,), -torch.inf)})
     refused(build(), path, "1.mask: NaN or infinity")
@@ -281,14 +288,19 @@ def test_messages_escape_names_and_count_what_they_do_not_list(tmp_path):
     with pytest.raises(ValueError, match="missing in the model") as error:
         aurora.load(make_model(), path)
     lines = str(error.value).split("\n")
-    assert all(line.isprintable() for line in lines) and len(str(error.value)) < 5_000
-    assert len(lines) == 22 and re.fullmatch(r"  and \d+ more", lines[-1])
-    assert r"\x1b[2J" in lines[1] and r"a\nINFO" in lines[2] and r"nul\x00" in lines[3]
+    assert all(line.isprintable() for line in lines)
+    assert len(str(error.value)) < 5_000
+    assert len(lines) == 22
+    assert re.fullmatch(r"  and \d+ more", lines[-1])
+    assert r"\x1b[2J" in lines[1]
+    assert r"a\nINFO" in lines[2]
+    assert r"nul\x00" in lines[3]
     for text in ('{"version": "' + r"\u001b" * 9_999 + '"}', r'{"version": 2, "\u001b[2J": 1}'):
         forge(path, text, {"x": torch.zeros(1)})
         with pytest.raises(ValueError, match="cannot be read as an adapter") as error:
             aurora.load(make_model(), path)
-        assert str(error.value).isprintable() and len(str(error.value)) < 2_500
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 2_500
     many = {f"x{i}": torch.zeros(1) for i in range(100)}
     with pytest.raises(ValueError, match="nothing was loaded") as error:
         aurora.load_adapter_state_dict(trained(), many)
@@ -358,9 +370,10 @@ def test_no_damaged_file_loads(tmp_path):
     for damaged in damages(good, other, random.Random(0), 4_000):
         bad.write_bytes(damaged)
         tried += 1
-        with pytest.raises(ValueError, match="damaged|cannot be read|does not fit"):
+        with pytest.raises(ValueError, match=r"damaged|cannot be read|does not fit"):
             aurora.load(models[tried % 2], bad)
-    assert tried == 4_000 and [everything(model) for model in models] == before
+    assert tried == 4_000
+    assert [everything(model) for model in models] == before
     for model in models:  # the file as it was does load
         bad.write_bytes(good)
         aurora.load(model, bad)
@@ -396,3 +409,205 @@ def test_a_pickle_is_never_run(tmp_path, monkeypatch):
     assert not (tmp_path / "exploded").exists()
     pickle.loads((tmp_path / "bomb").read_bytes())  # the bomb is live
     assert (tmp_path / "exploded").exists()
+
+
+# ---- On the disk ----------------------------------------------------------------------------
+
+posix = pytest.mark.skipif(os.name != "posix", reason="files as POSIX has them")
+
+
+def test_saving_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    aurora.save(trained(0), path)
+    old = path.read_bytes()
+
+    def crash(*_):
+        raise OSError("the disk is gone")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, crash)
+            with pytest.raises(OSError, match="the disk is gone"):
+                aurora.save(trained(1), path)
+        assert path.read_bytes() == old
+        assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    aurora.save(trained(1), path)
+    assert path.read_bytes() != old
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_an_interrupt_at_any_line_of_save_leaves_the_old_file_or_the_new(tmp_path):
+    path, models = tmp_path / "a.safetensors", [trained(0), trained(1)]
+    aurora.save(models[1], path)
+    new = path.read_bytes()
+    aurora.save(models[0], path)
+    old = path.read_bytes()
+
+    def check(_, finished):
+        assert path.read_bytes() in ([new] if finished else [old, new])
+        assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+    planted = interrupted_at_every_line(
+        lambda: path.write_bytes(old), lambda _: aurora.save(models[1], path), check
+    )
+    assert planted > 100
+
+
+@posix
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_killed_saver_leaves_the_old_file_or_the_new(tmp_path):
+    path, models, rng = tmp_path / "a.safetensors", [trained(0), trained(1)], random.Random(0)
+    whole = []
+    for model in models:
+        aurora.save(model, path)
+        whole.append(path.read_bytes())
+    left = 0
+    for _ in range(40):
+        saver = os.fork()
+        if saver == 0:  # saves one and the other until it is killed
+            try:
+                while True:
+                    for model in models:
+                        aurora.save(model, path)
+            finally:
+                os._exit(1)
+        time.sleep(rng.uniform(0.01, 0.05))
+        os.kill(saver, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(saver, 0)[1])
+        assert path.read_bytes() in whole
+        others = [p for p in tmp_path.iterdir() if p != path]
+        assert all(p.name.startswith(".aurora-saving-") for p in others)
+        left = max(left, len(others))
+    assert left > 0  # some were killed in the middle
+    for p in others:
+        os.utime(p, (0, 0))  # as if it was long ago
+    (tmp_path / ".aurora-saving-now").touch()
+    aurora.save(models[0], path)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"a.safetensors", ".aurora-saving-now"}
+
+
+@posix
+def test_mode_and_group_are_kept(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for mode in (0o600, 0o640, 0o664):
+        path.touch()
+        path.chmod(mode)
+        if os.geteuid() == 0:
+            os.chown(path, 12_345, 23_456)
+        before = path.stat()
+        aurora.save(trained(), path)
+        after = path.stat()
+        assert stat.S_IMODE(after.st_mode) == mode
+        assert (after.st_uid, after.st_gid) == (before.st_uid, before.st_gid)
+        assert after.st_size > 1_000
+
+
+@posix
+def test_the_groups_rights_are_not_given_to_another_group(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.touch()
+    path.chmod(0o660)
+
+    def refuse(*_):
+        raise PermissionError("not your group")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    aurora.save(trained(), path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@posix
+def test_links_are_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    link, target = tmp_path / "latest", tmp_path / "real" / "a.safetensors"
+    link.symlink_to("real/a.safetensors")
+    for seed in (0, 1):  # dangling at first
+        aurora.save(trained(seed), link)
+        assert link.is_symlink()
+        assert target.is_file()
+        assert not target.is_symlink()
+        aurora.load(fresh := make_model(), link)
+        assert torch.equal(fresh[0].A, trained(seed)[0].A)
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(OSError, match="round"):
+        aurora.save(trained(), tmp_path / "round")
+
+
+@posix
+def test_what_is_no_regular_file_is_left_alone(tmp_path):
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    for path in (fifo, link, Path("/dev/null")):
+        before = os.stat(path)
+        with pytest.raises(ValueError, match="not a regular file"):
+            aurora.save(trained(), path)
+        assert os.stat(path).st_ino == before.st_ino
+        assert not stat.S_ISREG(os.stat(path).st_mode)
+        with pytest.raises(FileNotFoundError, match="no adapter file"):  # rather than wait for it
+            aurora.load(make_model(), path)
+
+
+@posix
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anything")
+def test_a_write_protected_file_is_not_replaced(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.touch(0o444)
+    with pytest.raises(PermissionError, match="write-protected"):
+        aurora.save(trained(), path)
+    assert path.stat().st_size == 0
+
+
+def test_long_names_and_folders_that_are_not_there(tmp_path):
+    path = tmp_path / ("n" * 251 + ".tmp")
+    aurora.save(trained(), path)
+    aurora.load(make_model(), path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*absent"):
+        aurora.save(trained(), tmp_path / "absent" / "a.safetensors")
+
+
+def test_saving_needs_nothing_but_torch(tmp_path):
+    """In a fresh environment: without NumPy, which PyTorch does not bring, and safetensors."""
+    code = f"""
+        import sys
+        sys.modules["numpy"] = sys.modules["safetensors"] = None
+        import torch, aurora
+        models = [torch.nn.Sequential(torch.nn.Linear(3, 2)) for _ in range(2)]
+        aurora.inject(models[0], "0", train="bias")
+        torch.nn.init.normal_(models[0][0].B)
+        aurora.save(models[0], {str(tmp_path / "a.safetensors")!r})
+        models[1].load_state_dict(models[0].state_dict(), strict=False)
+        print(aurora.load(models[1], {str(tmp_path / "a.safetensors")!r}))
+        assert torch.equal(*(model(torch.ones(3)) for model in models))
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(aurora.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("loaded 1 adapted layers and 1 other tensors")
+
+
+def test_the_format_is_that_of_the_safetensors_library(tmp_path):
+    """Both ways, over every dtype that we write, and shapes without elements or dimensions."""
+    model = make_model()
+    aurora.inject(model, "^0$", train=r"^3\.")
+    model[3].register_buffer("count", torch.tensor(7))
+    model[3].register_buffer("flags", torch.tensor([True, False, True]))
+    model[3].register_buffer("none", torch.zeros(0, 3, dtype=torch.float16))
+    model[3].register_buffer("wide", torch.arange(3.0).double())
+    model[3].register_buffer("narrow", torch.arange(5.0).bfloat16()[::2])
+    path = tmp_path / "a.safetensors"
+    aurora.save(model, path)
+    own, (_, theirs) = aurora.adapter_state_dict(model), contents(path)
+    assert own.keys() == theirs.keys()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, theirs[name])
+        assert tensor.dtype == theirs[name].dtype
+    rewrite(path, tmp_path / "b.safetensors")  # now in the library's layout
+    aurora.load(model, tmp_path / "b.safetensors")
