@@ -1,4 +1,4 @@
-"""Settings, starts and rates that were measured to be good: where to begin, what to penalise, at what pace to train.
+"""Where training starts, what is penalised and at what pace it goes, where that is not the paper's.
 
 A start from the gradient, for a model with adapters, before training:
 
@@ -6,8 +6,8 @@ A start from the gradient, for a model with adapters, before training:
         for batch in a_few_batches:
             loss(model, batch).backward()
 
-Shapes: T tokens (rows of a layer's input), r rank, G grid cells, k spline order. What each recipe brings was measured:
-docs/benchmarks.md.
+Shapes: T tokens (rows of a layer's input), r rank, q <= r directions with signal, G grid cells,
+k spline order. What each recipe brings was measured: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,7 +103,9 @@ def _check_start(found: Mapping[str, core.AuroraLinear], ridge: float, chunk: in
     for name, layer in found.items():
         zero = layer.anl.parameters() if _fixed(layer) else [layer.B]
         if any(not p.is_meta and bool(_local(p).any()) for p in zero):
-            raise ValueError(f"{name} has been trained already: start from the gradient right after inject")
+            raise ValueError(
+                f"{name} has been trained already: start from the gradient right after inject"
+            )
 
 
 def _fixed(layer: core.AuroraLinear) -> bool:
@@ -113,7 +115,7 @@ def _fixed(layer: core.AuroraLinear) -> bool:
 
 def _in_parts(
     found: Mapping[str, core.AuroraLinear], size: int, ridge: float, starts: dict[str, _Start]
-) -> Iterator[tuple[str, ...]]:
+) -> Generator[tuple[str, ...], None, None]:
     """Look at so many layers at a time, while the caller runs the loop once for each part."""
     names = list(found)
     for at in range(0, len(names), size):
@@ -126,7 +128,7 @@ def _in_parts(
 def _looking(
     part: Mapping[str, core.AuroraLinear], ridge: float, starts: dict[str, _Start]
 ) -> Iterator[None]:
-    """Collect moments inside the block; on leaving, solve layer after layer, and free each one's."""
+    """Collect moments inside the block; on leaving, solve layer by layer and free each one's."""
     moments = {name: _Moments(layer) for name, layer in part.items()}
     try:
         with contextlib.ExitStack() as hooks:
@@ -137,7 +139,9 @@ def _looking(
         _reduce(moments.values())
         unseen = [name for name, moment in moments.items() if not moment.passes]
         if len(unseen) == len(part):
-            raise ValueError(f"no backward pass reached {unseen[0]}: call loss.backward() in the block")
+            raise ValueError(
+                f"no backward pass reached {unseen[0]}: call loss.backward() in the block"
+            )
         if unseen:
             told = f"{unseen[0]} and {len(unseen) - 1} more" if unseen[1:] else unseen[0]
             warnings.warn(f"no backward pass reached {told}: A stays as drawn there", stacklevel=5)
@@ -150,7 +154,7 @@ def _looking(
 
 
 class _Moments:
-    """Sums over the tokens of one layer, filled on the way back: G (out, in), C (in, in), tokens."""
+    """Sums over one layer's tokens, filled on the way back: G (out, in), C (in, in), their number."""
 
     def __init__(self, layer: core.AuroraLinear) -> None:
         self.rank, self.fixed = layer.config.rank, _fixed(layer)
@@ -159,9 +163,13 @@ class _Moments:
         self.open, self.passes = True, 0
         self.sums: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def watch(self, _: nn.Module, args: Any, named: Mapping[str, Any], out: Tensor) -> Tensor | None:
+    def watch(
+        self, _: nn.Module, args: Any, named: Mapping[str, Any], out: Tensor
+    ) -> Tensor | None:
         """Forward hook: let the output pass through `_Look`."""
-        if not out.requires_grad:  # nothing will come back: evaluation, or a checkpoint's first pass
+        if (
+            not out.requires_grad
+        ):  # nothing will come back: evaluation, or a checkpoint's first pass
             return None
         x = args[0] if args else next(iter(named.values()))
         looked: Tensor = _Look.apply(out, x, self)  # type: ignore[no-untyped-call]
@@ -199,7 +207,9 @@ class _Moments:
         """Where the layer should start. Raises ValueError if NaN or infinity was met."""
         G, C, count = self.allocate()
         if not bool(G.isfinite().all() & C.isfinite().all()):
-            raise ValueError(f"NaN or infinity in the input or gradient of {name}: smaller loss scale?")
+            raise ValueError(
+                f"NaN or infinity in the input or gradient of {name}: smaller loss scale?"
+            )
         C /= count.clamp(min=1).to(C)
         wide = torch.float64 if max(self.shape) <= _CHEAP and C.device.type != "mps" else self.dtype
         found = _regress(G.to(wide), C.to(wide), self.rank, ridge)
@@ -221,7 +231,7 @@ class _Look(torch.autograd.Function):
         return out.clone()  # a view could not be changed in place by what follows
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
         ctx.moments.add(ctx.saved_tensors[0], delta)
         return delta, None, None
 
@@ -339,14 +349,15 @@ def _whole(p: Tensor) -> Tensor:
 
 
 def _placed(value: Tensor, like: Tensor) -> Tensor:
-    """The value as `like` is: its dtype, and sharded if it is. In a process group rank 0 decides."""
+    """The value in the dtype and sharding of `like`. In a process group rank 0 decides."""
     value = value.to(device=like.device, dtype=like.dtype).contiguous()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast(value, src=0)
     if not hasattr(like, "device_mesh"):
         return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(like, DTensor)
     return distribute_tensor(value, like.device_mesh, like.placements)
 
 
@@ -379,8 +390,8 @@ def roughness(model: nn.Module) -> Tensor:
     """How much the splines bend: a differentiable scalar to add to the loss, 0 for straight lines.
 
     For every adapted layer the mean, over its r channels and G + k - 2 places, of the squared
-    second difference of the spline weights, `(w[j, g] - 2 w[j, g + 1] + w[j, g + 2])^2`, summed over
-    the layers. It is the discrete form of the integral of the squared second derivative: with knot
+    second difference of the spline weights, `(w[j, g] - 2 w[j, g + 1] + w[j, g + 2])^2`, summed
+    over the layers. It is the discrete form of the integral of the squared second derivative: with knot
     spacing h, `S_j'' = sum_g (second difference g) / h^2 B_g` with B-splines of two orders less
     (docs/theory.md). Times 0.01 is a good weight for small data.
 
@@ -410,21 +421,28 @@ def roughness(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def start_as_identity(model: nn.Module) -> None:
-    """Let every adapter start as LoRA: sigma(z) = z inside the grid. Call it after `inject`, before training.
+    """Let every adapter start as LoRA: sigma(z) = z inside the grid.
 
-    H becomes 0 and spline weight g of every channel its place `low + (g - (k - 1) / 2) h`, less what F then is (0, or
-    1/2 with "sigmoid"), for which sigma is the identity on the grid range (docs/theory.md, section 6). The output stays
-    the base's, bit for bit, as B is 0.
+    Call it after `inject`, before training. H becomes 0 and spline weight g of every channel its
+    place `low + (g - (k - 1) / 2) h`, less what F then is (0, or 1/2 with "sigmoid"), for which
+    sigma is the identity on the grid range (docs/theory.md, section 6). The output stays the
+    base's, bit for bit, as B is 0.
 
-    Raises ValueError, with the model as it was, if the model has no adapters, or a layer has no splines per channel or
-    has been trained already (its B is not 0).
+    Args:
+        model: One with adapters that have splines per channel and have not been trained.
+
+    Raises:
+        ValueError: The model has no adapters, or a layer has no splines per channel or has been
+            trained already (its B is not 0). The model is then as it was.
     """
     found = core.layers(model)
     for name, layer in found.items():
         if layer.config.spline != "per-channel" or not layer.config.learnable:
-            raise ValueError(f'{name} has no spline per channel: inject with spline="per-channel", learnable=True')
+            cure = 'inject with spline="per-channel", learnable=True'
+            raise ValueError(f"{name} has no spline per channel: {cure}")
         if not layer.B.is_meta and layer.B.any():
-            raise ValueError(f"{name} has been trained already; layer.reset_parameters() would start afresh")
+            cure = "layer.reset_parameters() would start afresh"
+            raise ValueError(f"{name} has been trained already; {cure}")
     for layer in found.values():
         c, w = layer.config, layer.anl.spline_weight
         assert w is not None
@@ -437,17 +455,29 @@ def start_as_identity(model: nn.Module) -> None:
 
 
 def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer: H and the spline weights at `factor * lr`, all else that trains at `lr`.
+    """Groups for any torch optimizer: the nonlinear layers at a rate and decay of their own.
 
-    model: one with adapters. lr: the learning rate of A, B and whatever `train=` kept, as one would choose it for LoRA.
-    factor: at a factor of 1, H and the spline weights, which are not as small as the entries of A and B, hardly move in
-    a short fine-tuning. Together the groups hold every parameter of `aurora.parameters(model)` once.
+    H and the spline weights train at `factor * lr` without weight decay, which would pull them away
+    from the identity; all else that trains does so at `lr`. Together the groups hold every
+    parameter of `aurora.parameters(model)` once.
 
-    Raises ValueError if the model has no adapters, or if `lr` or `factor` is not finite and above 0.
+    Args:
+        model: One with adapters.
+        lr: The learning rate of A, B and whatever `train=` kept, as one would choose it for LoRA.
+        factor: At 1, H and the spline weights, which are not as small as the entries of A and B,
+            hardly move in a short fine-tuning.
+
+    Returns:
+        Dictionaries with "params" and "lr", for the nonlinear layers also "weight_decay".
+
+    Raises:
+        ValueError: The model has no adapters, or `lr` or `factor` is not finite and above 0.
     """
     for name, value in (("lr", lr), ("factor", factor)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and above 0, got {value!r}")
-    nonlinear = dict.fromkeys(p for layer in core.layers(model).values() for p in layer.anl.parameters())
-    others = [p for p in core.parameters(model) if p not in nonlinear]
-    return [{"params": others, "lr": lr}, {"params": list(nonlinear), "lr": factor * lr}]
+    found = core.layers(model).values()
+    nonlinear = list(dict.fromkeys(p for layer in found for p in layer.anl.parameters()))
+    others = [p for p in core.parameters(model) if p not in set(nonlinear)]
+    slow: dict[str, Any] = {"params": others, "lr": lr}
+    return [slow, {"params": nonlinear, "lr": factor * lr, "weight_decay": 0.0}]

@@ -116,14 +116,19 @@ def test_outputs_gradients_and_hooks_are_as_before() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def interrupted(model: nn.Module, **options: Any) -> None:
+    with aurora.start_from_gradient(model, **options) as parts:
+        for _ in parts:
+            loss(model).backward()
+            raise KeyError
+
+
 @pytest.mark.parametrize("options", [{}, {"chunk": 1}])
 def test_an_error_in_the_loop_leaves_everything(options: dict[str, Any]) -> None:
     model = build()
     before = starts(model)
-    with pytest.raises(KeyError), aurora.start_from_gradient(model, **options) as parts:
-        for _ in parts:
-            loss(model).backward()
-            raise KeyError
+    with pytest.raises(KeyError):
+        interrupted(model, **options)
     assert all(torch.equal(A, before[name]) for name, A in starts(model).items())
     assert not any(module._forward_hooks for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
@@ -147,7 +152,9 @@ def test_accumulation_order_and_chunks_do_not_matter() -> None:
         assert seen == ["one", "two"]
         assert_same(whole, model, 0)
     model = build()
-    with aurora.start_from_gradient(model) as parts:  # the loop over parts is welcome without chunk=
+    with aurora.start_from_gradient(
+        model
+    ) as parts:  # the loop over parts is welcome without chunk=
         for _ in parts:
             loss(model).backward()
     assert_same(whole, model, 0)
@@ -200,9 +207,10 @@ def test_tokens_without_a_gradient_do_not_count() -> None:
     padded = build()
     with aurora.start_from_gradient(padded):
         out = padded(x)
-        (torch.where(mask[:, None], out, 0) - torch.where(mask[:, None], torch.cat([Y, Y[:50]]), 0)).square().sum(
-            -1
-        ).mean().backward()
+        (
+            torch.where(mask[:, None], out, 0)
+            - torch.where(mask[:, None], torch.cat([Y, Y[:50]]), 0)
+        ).square().sum(-1).mean().backward()
     assert_same(model, padded, 1e-5)
 
 
@@ -252,7 +260,9 @@ def test_one_token_decides_one_row() -> None:
     with aurora.start_from_gradient(model):
         loss(model, X[:1], Y[:1]).backward()
     A = core.layers(model)["one"].A
-    torch.testing.assert_close(A[0] / A[0].norm(), X[0] * (A[0] @ X[0]).sign() / X[0].norm(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        A[0] / A[0].norm(), X[0] * (A[0] @ X[0]).sign() / X[0].norm(), rtol=1e-3, atol=1e-3
+    )
     assert torch.equal(A[1:], drawn["one"][1:])
 
 
@@ -286,7 +296,10 @@ def test_no_gradient_keeps_the_draw() -> None:
 
 def test_a_layer_that_no_backward_reaches_is_named() -> None:
     model, drawn = build(), starts(build())
-    with pytest.warns(UserWarning, match="no backward pass reached two"), aurora.start_from_gradient(model):
+    with (
+        pytest.warns(UserWarning, match="no backward pass reached two"),
+        aurora.start_from_gradient(model),
+    ):
         model.one(X).square().mean().backward()
     assert torch.equal(core.layers(model)["two"].A, drawn["two"])
     assert not torch.equal(core.layers(model)["one"].A, drawn["one"])
@@ -312,7 +325,9 @@ def _nan(model: nn.Module) -> None:
         ({"chunk": 1}, loss, "not looked at: one"),
     ],
 )
-def test_errors_change_nothing(options: dict[str, Any], body: Callable[[nn.Module], Any], message: str) -> None:
+def test_errors_change_nothing(
+    options: dict[str, Any], body: Callable[[nn.Module], Any], message: str
+) -> None:
     model = build()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=message), aurora.start_from_gradient(model, **options):
@@ -325,7 +340,10 @@ def test_errors_change_nothing(options: dict[str, Any], body: Callable[[nn.Modul
 def test_a_trained_model_is_refused() -> None:
     model = build()
     nn.init.ones_(core.layers(model)["two"].B)
-    with pytest.raises(ValueError, match="two has been trained already"), aurora.start_from_gradient(model):
+    with (
+        pytest.raises(ValueError, match="two has been trained already"),
+        aurora.start_from_gradient(model),
+    ):
         loss(model).backward()
     with pytest.raises(ValueError, match="no AuroRA adapters"), aurora.start_from_gradient(Net()):
         pass
@@ -361,7 +379,9 @@ def test_roughness_is_the_mean_square_of_second_differences() -> None:
         expected += (w[:, :-2] - 2 * w[:, 1:-1] + w[:, 2:]).square().mean()
     torch.testing.assert_close(aurora.roughness(model), expected)
     aurora.roughness(model).backward()
-    assert all(layer.anl.spline_weight.grad.abs().max() > 0 for layer in core.layers(model).values())
+    assert all(
+        layer.anl.spline_weight.grad.abs().max() > 0 for layer in core.layers(model).values()
+    )
 
 
 def test_straight_lines_cost_nothing() -> None:
@@ -376,7 +396,9 @@ def test_straight_lines_cost_nothing() -> None:
 def test_roughness_needs_splines() -> None:
     with pytest.raises(ValueError, match="no adapter has splines"):
         aurora.roughness(build(learnable=False))
-    short = build(spline="per-channel", grid_size=1, spline_order=1)  # two weights have no second difference
+    short = build(
+        spline="per-channel", grid_size=1, spline_order=1
+    )  # two weights have no second difference
     assert aurora.roughness(short) == 0
 
 
@@ -401,7 +423,9 @@ def worker(rank: int, port: int, kind: str, folder: str) -> None:
             fully_shard(net, mesh=mesh)
         half = slice(rank * 200, rank * 200 + 200)
         start(net, [half])
-        found = {n: a.full_tensor() if hasattr(a, "full_tensor") else a for n, a in starts(net).items()}
+        found = {
+            n: a.full_tensor() if hasattr(a, "full_tensor") else a for n, a in starts(net).items()
+        }
         torch.save(found, Path(folder) / f"{rank}.pt")
         out = net(X[:4])  # the new values are those that the next pass uses
         torch.save(out.detach(), Path(folder) / f"out{rank}.pt")
