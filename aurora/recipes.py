@@ -154,7 +154,7 @@ def _looking(
 
 
 class _Moments:
-    """Sums over one layer's tokens, filled on the way back: G (out, in), C (in, in), their number."""
+    """Sums over one layer's tokens, filled on the way back: G (out, in), C (in, in), count."""
 
     def __init__(self, layer: core.AuroraLinear) -> None:
         self.rank, self.fixed = layer.config.rank, _fixed(layer)
@@ -391,9 +391,9 @@ def roughness(model: nn.Module) -> Tensor:
 
     For every adapted layer the mean, over its r channels and G + k - 2 places, of the squared
     second difference of the spline weights, `(w[j, g] - 2 w[j, g + 1] + w[j, g + 2])^2`, summed
-    over the layers. It is the discrete form of the integral of the squared second derivative: with knot
-    spacing h, `S_j'' = sum_g (second difference g) / h^2 B_g` with B-splines of two orders less
-    (docs/theory.md). Times 0.01 is a good weight for small data.
+    over the layers. It is the discrete form of the integral of the squared second derivative: with
+    knot spacing h, `S_j'' = sum_g (second difference g) / h^2 B_g` with B-splines of two orders
+    less (docs/theory.md). Times 0.01 is a good weight for small data.
 
     Args:
         model: One with adapters that have splines.
