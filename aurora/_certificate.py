@@ -31,8 +31,18 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def product(*factors: float) -> float:
-    """The product of norms, with 0 * inf = 0: no weight, no contribution."""
-    return 0.0 if 0.0 in factors else math.prod(factors)
+    """The product of norms, with 0 * inf = 0: no weight, no contribution.
+
+    Exponents are added apart, so that no part of a product underflows or overflows when the whole
+    does not.
+    """
+    if 0.0 in factors or math.inf in factors:
+        return 0.0 if 0.0 in factors else math.inf
+    mantissa, exponent = 1.0, 0
+    for factor in factors:
+        mantissa, moved = math.frexp(mantissa * math.frexp(factor)[0])
+        exponent += moved + math.frexp(factor)[1]
+    return math.ldexp(mantissa, exponent) if exponent <= 1024 else math.inf
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
@@ -42,14 +52,16 @@ def times(a: Tensor, b: Tensor) -> Tensor:
 
 def norm(x: Tensor) -> Tensor:
     """Euclidean norm over the last dimension; scaled first, as squares of tiny numbers vanish."""
-    largest = x.abs().amax(-1, keepdim=True)
-    unit = x / largest.clamp(min=5e-324)
-    norms: Tensor = largest * torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
-    return norms.squeeze(-1)
+    largest = x.abs().amax(-1)
+    unit = x / largest.clamp(min=5e-324).unsqueeze(-1)
+    norms: Tensor = largest * torch.linalg.vector_norm(unit, dim=-1)
+    return norms.where(largest.isfinite(), largest)  # not infinity over infinity
 
 
 def spectral(matrix: Tensor) -> float:
     """The spectral norm of one matrix, or the largest of several."""
+    if not matrix.isfinite().all():
+        return math.inf  # a product that left float64; singular values would be refused
     return float(torch.linalg.matrix_norm(matrix, 2).max())
 
 
@@ -88,33 +100,57 @@ def control_points(weights: Tensor, k: int) -> Tensor:
     return torch.einsum("rca,aj->cjr", windows, pieces(k).flip(0))
 
 
-def halve(points: Tensor) -> Tensor:
-    """De Casteljau: control points (cells, m, r) -> (2 cells, m, r), of both halves of each."""
-    m = points.shape[1]
+@functools.cache
+def _halves(m: int) -> Tensor:
+    """De Casteljau: from m control points to those of either half, (2, m, m)."""
     rows = []
     for j in range(m):
         rows.append([math.comb(j, i) / 2**j for i in range(m)])
     left = torch.tensor(rows, dtype=torch.float64)
-    both = torch.stack([left, left.flip(0, 1)])  # (2, m, m)
-    return torch.einsum("hij,cjr->chir", both, points).flatten(0, 1)
+    return torch.stack([left, left.flip(0, 1)])
 
 
-def supremum(points: Tensor, size: Callable[[Tensor], Tensor]) -> float:
-    """The largest `size` (..., r) -> (...), convex, on curves given by control points, from above.
+def halve(points: Tensor) -> Tensor:
+    """Both halves of every cell: control points (cells, m, r) -> (2, cells, m, r)."""
+    return torch.einsum("hij,cjr->hcir", _halves(points.shape[1]), points)
+
+
+def suprema(points: Tensor, size: Callable[[Tensor], Tensor]) -> Tensor:
+    """The largest `size` (..., r) -> (...), convex, on each of several curves, from above.
 
     Branch and bound: on a cell it is at most its largest at a control point, at least that at its
     ends. Exact to 1e-12 of the largest; the gap shrinks fourfold with every halving, so that few
     cells survive and 20 rounds suffice.
+
+    Args:
+        points: the curves' control points, (curves, cells, m, r).
+        size: such as a norm, or one coordinate.
+
+    Returns:
+        One number a curve, (curves,).
     """
-    sizes = size(points)  # (cells, m)
-    slack, reached = 1e-12 * float(sizes.abs().max()), -math.inf
+    curve = torch.arange(len(points)).repeat_interleave(points.shape[1])  # of each cell
+    sizes = size(points)  # (curves, cells, m)
+    slack = 1e-12 * sizes.abs().amax((1, 2))
+    points, sizes = points.flatten(0, 1), sizes.flatten(0, 1)
+    if not sizes.isfinite().all():
+        return torch.full_like(slack, math.inf)
+    reached = torch.full_like(slack, -math.inf)
     for _ in range(60):  # 60 halvings exhaust float64, should rounding keep the test from passing
-        reached = max(reached, float(torch.maximum(sizes[:, 0], sizes[:, -1]).max()) + slack)
-        if float(sizes.max()) <= reached:
-            return reached
-        points = halve(points[sizes.amax(1) > reached])
+        ends = torch.maximum(sizes[:, 0], sizes[:, -1])
+        reached = reached.scatter_reduce(0, curve, ends, "amax")
+        open_cells = sizes.amax(1) > (reached + slack)[curve]
+        if not open_cells.any():
+            return reached + slack
+        points, curve = halve(points[open_cells]).flatten(0, 1), curve[open_cells].repeat(2)
         sizes = size(points)
-    return max(reached, float(sizes.max()))
+    return (reached + slack).scatter_reduce(0, curve, sizes.amax(1), "amax")
+
+
+@functools.cache
+def largest_basis(k: int) -> float:
+    """The supremum of the norm of all basis functions, reached where all k + 1 are present."""
+    return float(suprema(pieces(k).t().view(1, 1, k + 1, k + 1), norm))
 
 
 # --- Activations ----------------------------------------------------------------------------------
@@ -148,11 +184,11 @@ ACTIVATIONS = {
 }
 
 
-# --- One layer (docs/theory.md, sections 3 to 5) --------------------------------------------------
+# --- One layer (docs/theory.md, sections 3 and 4) -----------------------------------------------
 
 
 class Constants(NamedTuple):
-    """The factors of all bounds: certified suprema, or what rounding errors are proportional to.
+    """The factors of all bounds.
 
     value (r,): |sigma_j|. jacobian: |d sigma / d z|. spread: |sigma|, image: |B sigma|,
     inner: |d F / d H|, basis: |d L / d w|, each for one row, or in static mode per unit of |x|.
@@ -183,7 +219,8 @@ class Layer:
         check_finite(parameters)
         own = {n.rpartition(".")[2]: p.detach().cpu().double() for n, p in parameters.items()}
         self.config = c = module.config
-        self.names = list(parameters)
+        self.names = [name for name, p in parameters.items() if p.requires_grad]
+        self.dtype = max((p.dtype for p in parameters.values()), key=lambda d: torch.finfo(d).eps)
         self.static = linear is not None and c.mode == "static"
         self.scaling = 1.0 if linear is None else abs(linear.scaling)
         identity = torch.eye(c.rank, dtype=torch.float64)
@@ -229,11 +266,10 @@ class Layer:
     def value(self) -> Tensor:
         """Bounds (r,) on |sigma(z)_j|: F is monotone in each activation, S_j has exact extremes."""
         points = control_points(self.w, self.config.spline_order)  # (cells, k + 1, r)
+        curves = points.movedim(-1, 0).unsqueeze(-1)  # (r, cells, k + 1, 1)
+        both = suprema(torch.cat([curves, -curves]), lambda p: p.squeeze(-1))
         ends = []
-        for sign in (1.0, -1.0):
-            splines = (sign * points).unsqueeze(-1).unbind(-2)
-            best = [supremum(spline, lambda p: p.squeeze(-1)) for spline in splines]
-            end = self.count * torch.tensor(best, dtype=torch.float64)
+        for sign, end in zip((1.0, -1.0), self.count * both.view(2, -1), strict=True):
             if self.fixed:
                 worst = torch.where(sign * self.H > 0, self.radius, -self.radius)  # (r, r)
                 end = end + sign * self.phi.value(times(self.H, self.phi.value(worst)).sum(1))
@@ -246,9 +282,10 @@ class Layer:
         """|J_F| + |J_L|, or column by column with F and L seen together, whichever is smaller."""
         points = self.slopes()
         if self.summed:
-            spline = math.sqrt(self.config.rank) * supremum(points, norm)
+            spline = math.sqrt(self.config.rank) * float(suprema(points.unsqueeze(0), norm))
         else:
-            spline = supremum(points.movedim(-1, 0).reshape(-1, points.shape[1], 1), norm)
+            curves = points.movedim(-1, 0).unsqueeze(-1)  # (r, cells, k, 1)
+            spline = float(suprema(curves, norm).max())
         apart = self.phi.slope**2 * spectral(self.H) + spline
         if self.config.spline_order == 1:
             return apart
@@ -270,7 +307,7 @@ class Layer:
         Column i of J depends on t = z_i alone, but for the range of the outer slopes.
         """
         for _ in range(6):  # 64 intervals per cell: the loss is then below a percent
-            points = halve(points)
+            points = halve(points).transpose(0, 1).flatten(0, 1)
         # Beyond the support S' is 0; its two intervals are unbounded.
         low, high = F.pad(points.amin(1).t(), (1, 1)), F.pad(points.amax(1).t(), (1, 1))
         edges = self.edges(len(points))
@@ -280,7 +317,7 @@ class Layer:
             here = torch.ones(self.config.rank, 1, dtype=torch.float64)
             if not self.summed:
                 here = torch.eye(self.config.rank, dtype=torch.float64)[:, i : i + 1]
-            extreme = torch.maximum(fixed_high + here * high, -(fixed_low + here * low))
+            extreme = torch.maximum(fixed_high + times(here, high), -(fixed_low + times(here, low)))
             total = math.hypot(total, float(norm(extreme.t()).max()))
         return total
 
@@ -308,7 +345,7 @@ class Layer:
     # All of them
 
     def suprema(self) -> Constants:
-        """The certified constants."""
+        """The constants of the bounds."""
         down, up = spectral(self.A), spectral(self.B)
         value, jacobian = self.value(), self.jacobian()
         if self.static:
@@ -319,35 +356,5 @@ class Layer:
         else:
             spread, inner = float(norm(value)), float(norm(self.reach))
             image = product(up, spread)
-            one_cell = pieces(self.config.spline_order).t().unsqueeze(0)
-            basis = supremum(one_cell, norm) * self.count
+            basis = largest_basis(self.config.spline_order) * self.count
         return Constants(value, jacobian, spread, image, self.phi.slope * inner, basis, down, up)
-
-    def magnitudes(self, tiny: float) -> Constants:
-        """The constants with sums over absolute values: what rounding errors are proportional to.
-
-        tiny: the smallest normal number; what is smaller is rounded as if it were that large.
-        """
-        c, k, slope = self.config, self.config.spline_order, self.phi.slope
-        columns = math.sqrt(self.A.shape[1]) if self.static else 1.0
-        # The distance to a centre is rounded relative to the larger of its two terms; |N'| <= 1,
-        # |N''| <= 2.
-        distance = 2 * max(abs(end) for end in c.grid_range) * c.cells_per_unit + 3 * k
-        terms = [(math.comb(k + 1, i), (k + 1) / 2 - i) for i in range(k // 2 + 1)]
-        bump = sum(b * t**k for b, t in terms) / math.factorial(k)
-        steep = sum(b * t ** (k - 1) for b, t in terms) / math.factorial(k - 1)
-        # The weights are multiplied by binomials over k! first.
-        row = (self.w.abs() + math.factorial(k) * tiny).sum(1)
-        absolute, reach = self.H.abs() + tiny, self.reach + tiny
-        value = row * self.count * (bump + distance)
-        if self.fixed:
-            value = value + 1 + times(absolute, reach).sum(1)
-        outer = slope * (1 + slope * times(absolute, reach.clamp(max=1)).sum(1, keepdim=True))
-        spline = (
-            math.sqrt(self.count) * c.cells_per_unit * (steep + 2 * distance) * float(norm(row))
-        )
-        spread, up = columns * float(norm(value)), frobenius(self.B)
-        inner = columns * float(norm(reach))
-        basis = columns * self.count * self.w.shape[1] * (bump + distance)
-        jacobian, down = frobenius(outer * absolute) + spline, frobenius(self.A)
-        return Constants(value, jacobian, spread, product(up, spread), inner, basis, down, up)

@@ -16,13 +16,13 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from aurora import _certificate, _table, core, plots, training
+from aurora import _certificate, _rounding, _table, core, plots, training
 
 # --- One layer ----------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ def certify(
         if not given >= 0:
             raise ValueError(f"{name} is a norm and cannot be {given}")
     layer = _certificate.Layer(module, x)
-    return _compose(layer, layer.suprema(), x, upstream, _certificate.product)
+    return _compose(layer, layer.suprema(), x, upstream)
 
 
 def allowance(
@@ -88,29 +88,36 @@ def allowance(
     dtype: torch.dtype,
     rows: int = 1,
 ) -> Certificate:
-    """How far arithmetic in `dtype`, gradients summed over `rows`, may exceed `certify`.
+    """How far rounding may carry a layer beyond its certificate.
 
-    A few eps, plus one eps of the accumulating type per summand, times the sum of magnitudes: see
-    docs/theory.md, section 5. Infinite where intermediate results may overflow `dtype`.
+    Every step of the layer is followed, forward and backward: sigma in float32 or wider, the
+    products with A and B in `dtype`. Proofs: docs/theory.md, section 5.
+
+    Args:
+        module: an adapted layer, or an `ANL` alone.
+        x: the largest norm of a row of the input.
+        upstream: the sum over rows of the norms of the gradient that arrives at the output.
+        dtype: of the input and the output, the coarser of the two.
+        rows: how many rows the gradients of parameters add up.
+
+    Returns:
+        What to add to the numbers of `certify`. Infinite where a step on the way may overflow its
+        dtype: there nothing is promised.
+
+    Raises:
+        ValueError: as in `certify`.
     """
-    wide, info = torch.float64 if dtype == torch.float64 else torch.float32, torch.finfo(dtype)
     layer = _certificate.Layer(module, x)
-    summands = layer.config.rank * (layer.w.shape[1] + 1) + sum(layer.B.shape)
-    summands += layer.config.spline_order + rows
-    unit = 16 * info.eps + summands * torch.finfo(wide).eps
-
-    def times(*factors: float) -> float:
-        largest = math.prod(max(1.0, f) for f in factors)
-        if largest > info.max:
-            return math.inf
-        # A product that underflows is off by eps * tiny, which the factors after it magnify.
-        return unit * (_certificate.product(*factors) + info.tiny * largest)
-
-    magnitudes = layer.magnitudes(info.tiny)
-    value = magnitudes.value.where(magnitudes.value <= info.max, math.inf)
-    bounds = _compose(layer, magnitudes, x, upstream, times)
-    return dataclasses.replace(
-        bounds, value=unit * (value + info.tiny), jacobian=times(magnitudes.jacobian)
+    rounding = _rounding.Rounding(layer, x, dtype, rows)
+    found = rounding.backward(upstream, rows)
+    gradients = {"x": found["x"].error}
+    gradients |= {name: found[name.rpartition(".")[2]].error for name in layer.names}
+    return Certificate(
+        value=rounding.value(),
+        jacobian=rounding.jacobian().error,
+        output=rounding.output().error,
+        lipschitz=rounding.backward(1.0, 1)["x"].error,
+        gradients=gradients,
     )
 
 
@@ -119,9 +126,9 @@ def _compose(
     c: _certificate.Constants,
     x: float,
     upstream: float,
-    times: Callable[..., float],
 ) -> Certificate:
     """The bounds as products of the constants; q = s B^t g is the gradient at sigma's output."""
+    times = _certificate.product
     s, once = layer.scaling, x if layer.static else 1.0
     q = (s, c.up, upstream)
     slope = (s, c.image) if layer.static else (s, c.up, c.jacobian, c.down)
