@@ -178,6 +178,7 @@ class Activation(NamedTuple):
 ACTIVATIONS = {
     "tanh": Activation(torch.tanh, lambda t: 1 - t.tanh().square(), 1.0, True),
     "sigmoid": Activation(torch.sigmoid, lambda t: t.sigmoid() * (-t).sigmoid(), 0.25, True),
+    "identity": Activation(lambda t: t, torch.ones_like, 1.0, False),
     "leaky_relu": Activation(
         F.leaky_relu, lambda t: torch.where(t > 0, torch.ones_like(t), 0.01), 1.0, False
     ),

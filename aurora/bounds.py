@@ -62,9 +62,8 @@ def certify(
         module: an adapted layer, or an `ANL` alone.
         x: the largest norm of a row of the input. With the default, any input, what grows with x is
             infinite: the gradient of A, everything under leaky_relu, the output in static mode.
-        upstream: the norm of the gradient that arrives at the output. Of several rows, the sum of
-        the
-            norms of the rows' gradients, because gradients of parameters add up over rows.
+        upstream: the norm of the gradient that arrives at the output. Of several rows, the sum
+            of the norms of the rows' gradients, because gradients of parameters add up over rows.
 
     Returns:
         The bounds. Proofs: docs/theory.md, sections 3 and 4.
@@ -218,7 +217,8 @@ def _recording(layers: Mapping[str, core.AuroraLinear]) -> Iterator[list[_Call]]
     def record(
         name: str, layer: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], out: Tensor
     ) -> Tensor:
-        calls.append(_Call(name, training.layer_input(args, named).detach().clone(), out))
+        x = args[0] if args else next(iter(named.values()))
+        calls.append(_Call(name, x.detach().clone(), out))
         return out.clone()  # what the model then does in place leaves the recorded tensor alone
 
     with contextlib.ExitStack() as undo:
@@ -251,8 +251,7 @@ def _norms(layer: core.AuroraLinear, x: Tensor, upstream: Tensor) -> _Measured:
     """Run the adapter alone on a call's input and upstream gradient."""
     trained = {n: p for n, p in layer.adapter_parameters().items() if p.requires_grad}
     leaves = {"x": x.requires_grad_()} | trained
-    with layer.base.register_forward_hook(lambda base, args, out: torch.zeros_like(out)):
-        change = layer(x)
+    change = layer.add_adapter(torch.zeros_like(upstream), x)
     norms = {"output": float(_by_row(change).max())}
     grads = torch.autograd.grad(change, list(leaves.values()), upstream, materialize_grads=True)
     for name, grad in zip(leaves, grads, strict=True):

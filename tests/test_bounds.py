@@ -499,7 +499,7 @@ def test_layers_called_by_keyword_are_measured_too():
             self.fc = nn.Linear(4, 4)
 
         def forward(self, x):
-            return self.fc(x=x) if isinstance(self.fc, aurora.AuroraLinear) else self.fc(x)
+            return self.fc(input=x)
 
     model = Calls()
     aurora.inject(model, "fc")
