@@ -67,3 +67,16 @@ def test_every_link_between_documents_leads_somewhere() -> None:
             if "://" not in target and not (path.parent / target).exists():
                 broken.append(f"{path.relative_to(ROOT)} -> {target}")
     assert not broken
+
+
+@pytest.mark.parametrize("page", ["promises", "compatibility"])
+def test_every_test_that_a_page_names_exists(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+)::(test_\w+)`", text)
+    assert len(named) > 10
+    missing = []
+    for file, test in named:
+        path = ROOT / "tests" / f"{file}.py"
+        if not path.exists() or f"def {test}(" not in path.read_text(encoding="utf-8"):
+            missing.append(f"{file}::{test}")
+    assert not missing
