@@ -41,8 +41,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def relinked(text: str) -> str:
     """The links of a page at the top of the repository, as they must read on a page inside docs/."""
-    text = text.replace("](docs/", "](").replace('src="docs/', 'src="').replace("](README.md", "](index.md")
-    return re.sub(r"\[([^]]+)\]\((?:LICENSE|aurora/[^)]*|noxfile\.py)\)", r"\1", text)
+    text = text.replace("](docs/", "](").replace("](README.md", "](index.md")
+    text = text.replace("](tour.ipynb", "](tour.md")
+    return re.sub(r"\[([^]]+)\]\((?:LICENSE|CITATION\.cff)\)", r"\1", text)  # not on the site
 
 
 def run_tour(path: Path) -> tuple[str, dict[str, bytes]]:
