@@ -59,20 +59,19 @@ def build(session: nox.Session) -> None:
     session.run("python", "-m", "build", "--outdir", "dist", ".")
     session.run("twine", "check", "--strict", *map(str, (ROOT / "dist").iterdir()))
     wheel, archive = (next((ROOT / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
-    top = archive.name.removesuffix(".tar.gz")
+    top, elsewhere = archive.name.removesuffix(".tar.gz"), Path(session.create_tmp()).resolve()
     with zipfile.ZipFile(wheel) as in_wheel, tarfile.open(archive) as in_archive:
         packed = {n: in_wheel.read(n) for n in in_wheel.namelist() if n.startswith("aurora/")}
         for name, content in packed.items():
             member = in_archive.extractfile(f"{top}/{name}")
             if member is None or member.read() != content:
                 session.error(f"{name} differs between wheel and archive")
-        folder = Path(session.create_tmp()) / "unpacked"
-        shutil.rmtree(folder, ignore_errors=True)
-        in_archive.extractall(folder, filter="data")
+        shutil.rmtree(elsewhere / top, ignore_errors=True)
+        in_archive.extractall(elsewhere, filter="data")
     session.install("-c", "constraints.txt", f"{wheel}[test]")
-    session.chdir(session.create_tmp())  # nothing but the wheel can be imported here
+    session.chdir(elsewhere)  # where nothing but the wheel can be imported
     session.run("python", "-c", "import aurora; assert 'site-packages' in aurora.__file__")
-    session.chdir(folder / top)
+    session.chdir(elsewhere / top)
     session.run("pytest", *session.posargs)
 
 
