@@ -77,7 +77,33 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Change one operator at a time in core.py (or the file given) and see that a test notices. Takes hours."""
-    session.install("-c", "constraints.txt", "-e", ".[test]", "mutmut")
-    session.run("mutmut", "run", *session.posargs)
-    session.run("mutmut", "results")
+    """Plant one bug after the other and count those that no test notices; takes hours.
+
+    `nox -s mutants -- merging` plants them in aurora/merging.py; without a name, in core.py.
+    """
+    name = session.posargs[0] if session.posargs else "core"
+    tests = ["tests/test_core.py", "tests/test_anl.py", "tests/test_single_file.py"]
+    tests = tests if name == "core" else [f"tests/test_{name}.py"]
+    session.install("-c", "constraints.txt", "-e", ".[test]", "cosmic-ray")
+    copy = Path(session.create_tmp()).resolve() / "copy"  # bugs are written into files: not into yours
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*venv*", ".nox", ".git", "site", "dist", "build"))
+    command = f"python -m pytest -x -q -p no:cacheprovider {' '.join(tests)}"
+    config = f"""[cosmic-ray]
+module-path = "aurora/{name}.py"
+timeout = 300.0
+excluded-modules = []
+test-command = "{command}"
+[cosmic-ray.distributor]
+name = "local"
+[cosmic-ray.filters.operators-filter]
+exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]
+"""
+    (copy / "mutants.toml").write_text(config, encoding="utf-8")
+    session.chdir(copy)
+    session.env["PYTHONPATH"] = str(copy)
+    session.run("cosmic-ray", "init", "--force", "mutants.toml", "mutants.sqlite")
+    session.run("cr-filter-operators", "mutants.sqlite", "mutants.toml")  # X | Y in annotations
+    session.run("cosmic-ray", "baseline", "mutants.toml")
+    session.run("cosmic-ray", "exec", "mutants.toml", "mutants.sqlite")
+    session.run("cr-report", "--show-pending", "mutants.sqlite")
