@@ -40,7 +40,9 @@ def newest(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The suite on the oldest torch that setup.cfg promises, with friends of its time."""
     session.install(f"torch=={OLDEST_TORCH}", *OLDEST_FRIENDS, "-e", ".[test]")
-    session.run("python", "-c", f"import torch; assert torch.__version__.startswith('{OLDEST_TORCH}')")
+    session.run(
+        "python", "-c", f"import torch; assert torch.__version__.startswith('{OLDEST_TORCH}')"
+    )
     session.run("pytest", *session.posargs)
 
 
@@ -85,9 +87,15 @@ def mutants(session: nox.Session) -> None:
     tests = ["tests/test_core.py", "tests/test_anl.py", "tests/test_single_file.py"]
     tests = tests if name == "core" else [f"tests/test_{name}.py"]
     session.install("-c", "constraints.txt", "-e", ".[test]", "cosmic-ray")
-    copy = Path(session.create_tmp()).resolve() / "copy"  # bugs are written into files: not into yours
+    copy = (
+        Path(session.create_tmp()).resolve() / "copy"
+    )  # bugs are written into files: not into yours
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*venv*", ".nox", ".git", "site", "dist", "build"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(".*venv*", ".nox", ".git", "site", "dist", "build"),
+    )
     command = f"python -m pytest -x -q -p no:cacheprovider {' '.join(tests)}"
     config = f"""[cosmic-ray]
 module-path = "aurora/{name}.py"

@@ -12,7 +12,11 @@ import yaml
 import aurora
 
 ROOT = Path(__file__).parents[1]
-YAML = [ROOT / "CITATION.cff", ROOT / ".pre-commit-config.yaml", *sorted((ROOT / ".github").rglob("*.yml"))]
+YAML = [
+    ROOT / "CITATION.cff",
+    ROOT / ".pre-commit-config.yaml",
+    *sorted((ROOT / ".github").rglob("*.yml")),
+]
 
 
 def setup() -> configparser.ConfigParser:
@@ -51,7 +55,11 @@ def test_the_oldest_torch_that_is_tested_is_the_one_that_is_promised() -> None:
 
 
 def test_every_session_that_a_workflow_or_a_document_names_exists() -> None:
-    sessions = set(re.findall(r"^@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.M))
+    sessions = set(
+        re.findall(
+            r"^@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.M
+        )
+    )
     named: set[str] = set()
     for path in [*YAML, *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for words in re.findall(r"nox -s ((?:\w+ ?)+)", path.read_text(encoding="utf-8")):

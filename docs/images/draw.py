@@ -62,7 +62,16 @@ def arrow(ax: Any, *points: tuple[float, float]) -> None:
     for start, end in zip(points, points[1:], strict=False):
         head = "-|>" if end == points[-1] else "-"
         ax.add_patch(
-            FancyArrowPatch(start, end, arrowstyle=head, mutation_scale=15, lw=1.5, color=INK, shrinkA=0, shrinkB=0)
+            FancyArrowPatch(
+                start,
+                end,
+                arrowstyle=head,
+                mutation_scale=15,
+                lw=1.5,
+                color=INK,
+                shrinkA=0,
+                shrinkB=0,
+            )
         )
 
 
@@ -101,8 +110,23 @@ def diagram(ax: Any, found: dict[str, Tensor]) -> None:
 
 def curves(ax: Any, found: dict[str, Tensor]) -> None:
     """The learned curve over its data."""
-    ax.scatter(found["z"], found["wanted"], s=5, color=FRAME, alpha=0.45, lw=0, label="what the data ask for")
-    ax.plot(found["grid"], found["line"], color=INK, lw=1.4, ls=(0, (4, 3)), label="the best line (LoRA)")
+    ax.scatter(
+        found["z"],
+        found["wanted"],
+        s=5,
+        color=FRAME,
+        alpha=0.45,
+        lw=0,
+        label="what the data ask for",
+    )
+    ax.plot(
+        found["grid"],
+        found["line"],
+        color=INK,
+        lw=1.4,
+        ls=(0, (4, 3)),
+        label="the best line (LoRA)",
+    )
     ax.plot(found["grid"], found["added"], color=TRAINED, lw=2.6, label="learned by AuroRA")
     ax.set_xlabel("hidden value  $z = A x$", fontsize=11, color=INK)
     ax.set_ylabel(r"added to the output,  $s\,B\,\sigma(z)$", fontsize=11, color=INK)
@@ -115,7 +139,9 @@ def curves(ax: Any, found: dict[str, Tensor]) -> None:
 def main() -> None:
     """Learn and draw."""
     plt.rcParams.update({"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans"})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(1.75, 1), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 3.8), width_ratios=(1.75, 1), layout="constrained"
+    )
     found = learn()
     diagram(left, found)
     curves(right, found)
