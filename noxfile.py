@@ -1,6 +1,6 @@
-"""The checks that the test command leaves out: `nox -s tests oldest docs build`, and `nox -s mutants` for patience.
+"""Checks in environments of their own: `nox -s tests oldest newest docs build`, or `mutants`.
 
-Every session makes its own environment. `-P 3.13` picks another interpreter than the one that runs nox.
+`-P 3.13` picks another interpreter than the one that runs nox.
 """
 
 import shutil
@@ -21,7 +21,7 @@ OLDEST_FRIENDS = ("numpy<2", "transformers==4.56.0", "peft==0.17.0", "diffusers=
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Lint, types and the whole suite, on the torch that constraints.txt names; arguments go to pytest."""
+    """Lint, types and the whole suite, with constraints.txt; arguments go to pytest."""
     session.install("-c", "constraints.txt", "-e", ".[test]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -48,14 +48,14 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The site, strictly: a broken link, a page outside the navigation or a missing docstring is an error."""
+    """The site, strictly: a broken link or a docstring that does not parse is an error."""
     session.install("-c", "constraints.txt", "-e", ".[docs]")
     session.run("mkdocs", "build", "--strict", *session.posargs)
 
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Archive and wheel hold the same package, the wheel works alone, the archive passes its own tests."""
+    """Archive and wheel hold the same package, and the archive passes its own tests."""
     session.install("build", "twine")
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", "dist", ".")

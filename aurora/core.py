@@ -486,7 +486,7 @@ class AuroraLinear(nn.Module):
     def static_update(self) -> Tensor:
         """`s B sigma(A)`, (out_features, in_features), sigma on each column of A, in float32+."""
         A, B = self.A.to(wide_dtype(self.A)), self.B.to(wide_dtype(self.B))
-        return B @ self.anl(A.t(), self.scaling).t()
+        return B @ cast(Tensor, self.anl(A.t(), self.scaling)).t()
 
     def merged_weight(self, update: Tensor) -> Tensor:
         """The base's weight plus `update` (out_features, in_features), rounded once."""

@@ -1,6 +1,7 @@
-"""Pages of the site that are written elsewhere: the README and its neighbours, and the tour with its output.
+"""Pages of the site that are not Markdown files in docs/.
 
-mkdocs.yml names this file as a hook. The tour is run while the site is built, so its output is never out of date.
+These are the README and its neighbours, and the tour with its output. mkdocs.yml names this file as
+a hook. The tour is run while the site is built, so that its output is never out of date.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def relinked(text: str) -> str:
-    """The links of a page at the top of the repository, as they must read on a page inside docs/."""
+    """The text of a page at the top of the repository, its links as they must be inside docs/."""
     text = text.replace("](docs/", "](").replace("](README.md", "](index.md")
     text = text.replace("](tour.ipynb", "](tour.md")
     return re.sub(r"\[([^]]+)\]\((?:LICENSE|CITATION\.cff)\)", r"\1", text)  # not on the site

@@ -1,4 +1,4 @@
-"""The files around the code agree with it: versions, Pythons, the oldest torch, and what the archive holds."""
+"""The files around the code agree with it: versions, Pythons, torch, tests that pages name."""
 
 from __future__ import annotations
 

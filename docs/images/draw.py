@@ -1,11 +1,13 @@
-"""Draws docs/images/adapter.png, the README's picture: `python docs/images/draw.py` (needs the extra `plots`).
+"""Draws docs/images/adapter.png, the README's picture: `python docs/images/draw.py`.
 
-The curve is learned while you wait. A frozen layer must come to do something more, `u g(v . x)`, where g has a dead
-zone and saturates. One adapter of rank 1 is fitted to it, beside the best straight line, which is what LoRA can do.
+Needs the extra `plots`. The curve is learned while you wait. A frozen layer must come to do
+something more, `u g(v . x)`, where g has a dead zone and saturates. One adapter of rank 1 is fitted
+to it, beside the best straight line, which is what LoRA can do.
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 import aurora
 
-FROZEN, FRAME, TRAINED, PALE, INK = "#e8eaed", "#9aa0a6", "#6d3fc0", "#ece4fb", "#202124"
+FROZEN, FRAME, INK = "#e8eaed", "#9aa0a6", "#202124"
+TRAINED, PALE = "#6d3fc0", "#ece4fb"
 PATH = Path(__file__).with_name("adapter.png")
 
 
@@ -26,7 +29,7 @@ def bend(t: Tensor) -> Tensor:
 
 
 def learn() -> dict[str, Tensor]:
-    """What the adapter should add, what it adds, and the best line, each over its hidden value z."""
+    """What the adapter should add, what it adds, and the best line, over the hidden value z."""
     torch.manual_seed(0)
     base = nn.Linear(32, 32)
     v, u = (nn.functional.normalize(torch.randn(32), dim=0) for _ in range(2))
@@ -51,6 +54,7 @@ def learn() -> dict[str, Tensor]:
 
 
 def box(ax: Any, x: float, y: float, w: float, h: float, text: str, frozen: bool = False) -> None:
+    """A rounded box with a text in it."""
     color, edge = (FROZEN, FRAME) if frozen else (PALE, TRAINED)
     style = "round,pad=0,rounding_size=0.12"
     ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=style, fc=color, ec=edge, lw=1.6))
@@ -59,7 +63,7 @@ def box(ax: Any, x: float, y: float, w: float, h: float, text: str, frozen: bool
 
 def arrow(ax: Any, *points: tuple[float, float]) -> None:
     """A line through all points that ends in an arrow's head."""
-    for start, end in zip(points, points[1:], strict=False):
+    for start, end in itertools.pairwise(points):
         head = "-|>" if end == points[-1] else "-"
         ax.add_patch(
             FancyArrowPatch(
