@@ -13,7 +13,6 @@ from torch import nn
 import aurora
 from aurora import plots
 
-
 matplotlib.use("Agg")
 PER_CHANNEL = {"spline": "per-channel", "grid_range": (-4.0, 4.0)}
 
