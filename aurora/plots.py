@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from aurora import core, training
+from aurora import _running, core
 
 if TYPE_CHECKING:
     from aurora.bounds import BoundsReport
@@ -115,11 +115,11 @@ def _hidden_values(
         seen[name].append(z.cpu().double())
 
     if batches is not None:
-        with training.evaluating(model), core.watching(dynamic, look):
+        with _running.evaluating(model), core.watching(dynamic, look):
             for batch in batches:
                 given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 mask = given if given is not None and given.dim() == 2 else None
-                training.call(model, batch)
+                _running.call(model, batch)
     data = {name: _thinned(torch.cat(parts)) for name, parts in seen.items() if parts}
     static = {name: found[name].A.t().cpu().double() for name in found if name not in dynamic}
     return data | {name: _thinned(z) for name, z in static.items()}
