@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aurora import _certificate, _rounding, _table, core, plots, training
+from aurora import _certificate, _rounding, _running, _table, core, plots
 
 # --- One layer ----------------------------------------------------------------------------------
 
@@ -193,9 +193,9 @@ def _measure(model: nn.Module, inputs: Any) -> list[tuple[str, _Measured]]:
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
-        undo.enter_context(training.evaluating(model))
+        undo.enter_context(_running.evaluating(model))
         calls = undo.enter_context(_recording(layers))
-        output = training.call(model, inputs)
+        output = _running.call(model, inputs)
         made = [call for call in calls if call.out.requires_grad and call.x.numel()]
         measured = []
         for call, grad in zip(made, _upstream(output, made), strict=True):
