@@ -1,10 +1,12 @@
 """Nonlinear low-rank adaptation of PyTorch models: AuroRA (NeurIPS 2025, arXiv:2505.18738)."""
 
+from aurora._running import check as check
 from aurora.bounds import BoundsReport as BoundsReport
 from aurora.bounds import Certificate as Certificate
 from aurora.bounds import assert_bounded as assert_bounded
 from aurora.bounds import certify as certify
 from aurora.bounds import report_bounds as report_bounds
+from aurora.checkpoint import Loaded as Loaded
 from aurora.checkpoint import adapter_state_dict as adapter_state_dict
 from aurora.checkpoint import load as load
 from aurora.checkpoint import load_adapter_state_dict as load_adapter_state_dict
