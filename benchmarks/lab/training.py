@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,8 +100,8 @@ def train(
 ) -> History:
     """Train whatever requires a gradient, as `make_step` does.
 
-    The model stays in eval mode: without dropout contenders differ in their adapters only, and a
-    step costs less.
+    The model stays in eval mode: without dropout contenders differ in their adapters only, and a step
+    costs less.
 
     Args:
         model, texts: a Reader and what it learns from.
@@ -113,23 +113,26 @@ def train(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     step = make_step(model.eval(), trained if groups is None else groups, lr, steps)
-    generator, history = torch.Generator().manual_seed(seed), History()
-    queue: list[Batch] = []
-    marks = [steps * i // points for i in range(points)] if watch else []
-    with progress(label=label, total=steps, unit="step") as bar:
-        for i in range(steps):
-            if watch is not None and i in marks:
-                history.scores.append((i, watch()))
-            queue = queue or texts.batches(size, generator)
-            start = time.perf_counter()
-            history.losses.append(step(queue.pop()))
+    marks = [steps * i // points for i in range(points + 1)] if watch else []
+    history, batches = History(), endless(texts, size, seed)
+    bar = progress(range(steps + 1), label, unit="step")
+    for i in bar:
+        if watch is not None and i in marks:
+            history.scores.append((i, watch()))
+        if i < steps:
+            batch, start = next(batches), time.perf_counter()
+            history.losses.append(step(batch))
             history.seconds += time.perf_counter() - start
             recent = statistics.fmean(history.losses[-20:])
             bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
-            bar.update()
-    if watch is not None:
-        history.scores.append((steps, watch()))
     return history
+
+
+def endless(texts: Texts, size: int, seed: int) -> Iterator[Batch]:
+    """Batches of `size` texts for ever, every pass over all of them in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from reversed(texts.batches(size, generator))
 
 
 def train_language(
