@@ -100,6 +100,14 @@ def groups(model: nn.Module, setting: Setting, lr: float) -> list[dict[str, Any]
     return [{"params": ps, "lr": rate} for rate, ps in found.items()]
 
 
+def inject_recommended(model: nn.Module, targets: str, rank: int, train: str) -> None:
+    """Put adapters in as the package recommends."""
+    # In one line: aurora.inject(model, targets, aurora.recommended(rank), train=train)
+    options = {"alpha": 2.0 * rank, "spline": "per-channel", "grid_range": (-4.0, 4.0)}
+    aurora.inject(model, targets, rank, train=train, **options)  # type: ignore[arg-type]
+    aurora.start_as_identity(model)
+
+
 # --- Kinds ----------------------------------------------------------------------------------------
 
 
