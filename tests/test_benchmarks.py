@@ -100,7 +100,8 @@ def test_split_is_disjoint_and_depends_on_nothing_but_the_id() -> None:
     ] == HELD_OUT_TO_30
 
 
-# Written down so that a change of the hash, which would make all published scores incomparable, cannot pass unseen.
+# Written down so that a change of the hash, which would make all published scores
+# incomparable, cannot pass unseen.
 HELD_OUT_TO_30: list[str] = ["5", "7", "11", "14", "15", "16", "18", "30"]
 
 
@@ -209,7 +210,7 @@ def test_scores_of_known_outputs() -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return input_ids[:, :2].float()
 
-    # Classes: right, wrong, right, and a rating of 0 that has none. Predicted rating: twice the true one.
+    # Classes: right, wrong, right, and a rating of 0 that has none. Predicted: twice the rating.
     texts = task.Texts(
         [[1, 2], [1, -4], [-1, -2], [1, 0]], torch.tensor([1.0, -2.0, -1.0, 0.0]), pad=0
     )
