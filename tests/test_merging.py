@@ -63,7 +63,9 @@ def make_identity(model: nn.Module) -> None:
         for layer in core.layers(model).values():
             c = layer.config
             h = 1 / c.cells_per_unit
-            places = c.grid_range[0] + h * (torch.arange(c.grid_size + c.spline_order) + (1 - c.spline_order) / 2)
+            places = c.grid_range[0] + h * (
+                torch.arange(c.grid_size + c.spline_order) + (1 - c.spline_order) / 2
+            )
             layer.anl.spline_weight.copy_(places.expand_as(layer.anl.spline_weight))
 
 
@@ -95,7 +97,7 @@ def test_an_affine_sigma_is_merged_exactly(method):
     make_identity(model)
     x = batches(1, torch.float64, seed=9)[0]
     before = model(x)
-    report = merging.merge(model, method, batches(dtype=torch.float64))
+    report = merging.merge(model, method, batches(dtype=torch.float64), bias=True)
     assert all(layer.errors[method] < 1e-6 for layer in report.layers)
     torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-9)
 
@@ -105,15 +107,19 @@ def test_static_mode_is_merged_exactly_by_all(method):
     model = trained(torch.float64, mode="static")
     x = batches(1, torch.float64, seed=9)[0]
     before = model(x)
-    report = merging.merge(model, method, batches(dtype=torch.float64))
+    report = merging.merge(model, method, batches(dtype=torch.float64), bias=True)
     torch.testing.assert_close(model(x), before)
-    assert all(layer.errors[m] == pytest.approx(0, abs=1e-7) for layer in report.layers for m in merging.METHODS)
+    assert all(
+        layer.errors[m] == pytest.approx(0, abs=1e-7)
+        for layer in report.layers
+        for m in merging.METHODS
+    )
 
 
 def test_the_static_method_is_the_papers_merge():
     ours, papers = trained(), trained()
     merging.merge(ours)
-    core.merge(papers)
+    core.static_merge(papers)
     for name in ("first", "second", "third"):
         torch.testing.assert_close(getattr(ours, name).weight, getattr(papers, name).weight)
         assert (getattr(ours, name).bias is None) == (getattr(papers, name).bias is None)
@@ -122,7 +128,7 @@ def test_the_static_method_is_the_papers_merge():
 def test_the_linear_method_is_the_first_order_expansion():
     model = trained(torch.float64)
     layers = {n: copy.deepcopy(layer) for n, layer in core.layers(model).items()}
-    merging.merge(model, "linear")
+    merging.merge(model, "linear", bias=True)
     for name, layer in layers.items():
         merged, width = getattr(model, name), layer.in_features
         with torch.no_grad():
@@ -134,7 +140,11 @@ def test_the_linear_method_is_the_first_order_expansion():
 
 
 def rows_of(layer, count=400, spread=1.0):
-    x = spread * torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(5)).double() + 0.3
+    x = (
+        spread
+        * torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(5)).double()
+        + 0.3
+    )
     z = x @ layer.A.double().t()
     anl = copy.deepcopy(layer.anl).double()
     u = x @ anl(layer.A.double().t())
@@ -145,7 +155,9 @@ def rows_of(layer, count=400, spread=1.0):
 
 
 @pytest.mark.parametrize("constant", [True, False])
-@pytest.mark.parametrize("options", [{}, {"rank": 4}, {"spline": "per-channel"}, {"learnable": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 4}, {"spline": "per-channel"}, {"learnable": False}]
+)
 def test_the_calibrated_fit_is_least_squares_and_errors_are_what_they_say(constant, options):
     layer = next(iter(core.layers(trained(torch.float64, **options)).values()))
     _, z, y, u, moments = rows_of(layer)
@@ -170,7 +182,9 @@ def test_the_calibrated_fit_is_least_squares_and_errors_are_what_they_say(consta
     constant=st.booleans(),
     spline=st.sampled_from(["summed", "per-channel"]),
 )
-def test_calibrated_is_never_worse_than_linear_on_what_it_saw(seed, rank, spread, count, constant, spline):
+def test_calibrated_is_never_worse_than_linear_on_what_it_saw(
+    seed, rank, spread, count, constant, spline
+):
     torch.manual_seed(seed)
     layer = aurora.AuroraLinear(nn.Linear(5, 4), rank=rank, spline=spline)
     for p in layer.adapter_parameters().values():
@@ -208,7 +222,9 @@ def test_degenerate_data_are_no_danger():
     torch.testing.assert_close(found.M, slope)
     torch.testing.assert_close(found.M @ at + found.c, anl(at))
     line = Moments(6)
-    z = at + torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None] * torch.tensor([1.0, 2.0], dtype=torch.float64)
+    z = at + torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None] * torch.tensor(
+        [1.0, 2.0], dtype=torch.float64
+    )
     line.add(torch.cat([z, anl(z).detach(), z], 1))
     found = fit(layer, "calibrated", line)
     across = torch.tensor([2.0, -1.0], dtype=torch.float64)
@@ -224,7 +240,9 @@ def test_moments_do_not_lose_digits_to_an_offset():
     moments = Moments(3)
     for part in rows.split(33):
         moments.add(part)
-    torch.testing.assert_close(moments.second(True), torch.cov(rows.t(), correction=0), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        moments.second(True), torch.cov(rows.t(), correction=0), rtol=1e-7, atol=1e-9
+    )
     torch.testing.assert_close(moments.mean, rows.mean(0))
 
 
@@ -232,7 +250,9 @@ def test_moments_do_not_lose_digits_to_an_offset():
 def test_calibration_memory_does_not_depend_on_the_width(rank):
     """At d = 4096 as anywhere: well under the 2 MB a layer, up to rank 64."""
     moments = Moments(3 * rank)
-    assert sum(t.nbytes for t in (moments.mean, moments.scatter)) == 8 * (3 * rank + 9 * rank**2) < 2e6
+    assert (
+        sum(t.nbytes for t in (moments.mean, moments.scatter)) == 8 * (3 * rank + 9 * rank**2) < 2e6
+    )
 
 
 class LiveBytes(TorchDispatchMode):
@@ -244,7 +264,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         for t in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
             storage = t.untyped_storage()
             if storage._cdata not in given and storage._cdata not in self.live:
@@ -270,11 +294,10 @@ def test_calibrating_a_layer_of_width_4096_takes_less_than_2_megabytes(rank, row
 
     model = nn.Sequential(Costless())
     aurora.inject(model, "0", rank=rank)
-    model[0].enabled = False  # the model's own memory is not counted
     model.forward = lambda x, attention_mask=None: model[0](x)
     batch = {"x": torch.randn(rows // 64, 64, 4096)}
     batch |= {"attention_mask": torch.ones(rows // 64, 64, dtype=torch.long)} if masked else {}
-    with LiveBytes() as memory:
+    with aurora.disabled(model), LiveBytes() as memory:  # the model's own memory is not counted
         merging.collect(model, [batch])
     parameters = 4096 * rank * 4  # sigma(A), as large as A
     assert 0 < memory.peak <= 2e6 + (parameters if rank > 8 else 0)
@@ -359,7 +382,7 @@ def test_merge_and_unmerge(method, dtype):
     model = trained(dtype)
     before, x = state(model), batches(1, dtype, seed=4)[0]
     dynamic = model(x)
-    report = merging.merge(model, method, batches(dtype=dtype))
+    report = merging.merge(model, method, batches(dtype=dtype), bias=True)
     assert report.merged == ["first", "second", "third"]
     assert type(model.first) is type(model.second) is nn.Linear
     assert not any(isinstance(m, aurora.AuroraLinear) for m in model.modules())
@@ -369,7 +392,7 @@ def test_merge_and_unmerge(method, dtype):
     gained = {"second.bias"} if method != "static" else set()
     assert set(model.state_dict()) == set(Net(dtype).state_dict()) | gained
     with pytest.raises(ValueError, match="never injected, or merged"):
-        merging.merge(model, method, batches(dtype=dtype))
+        merging.merge(model, method, batches(dtype=dtype), bias=True)
     report.unmerge()
     assert_same(model, before)
     assert torch.equal(model(x), dynamic)
@@ -386,7 +409,7 @@ def test_calibrated_keeps_more_than_the_others():
     off = {}
     for method in merging.METHODS:
         merged = copy.deepcopy(model)
-        report = merging.merge(merged, method, batches(16))
+        report = merging.merge(merged, method, batches(16), bias=True)
         off[method] = (merged(x) - dynamic).norm().item()
         means = {m: sum(layer.errors[m] for layer in report.layers) for m in merging.METHODS}
     assert off["calibrated"] < off["linear"]
@@ -401,7 +424,7 @@ def test_bias_false_forbids_a_new_bias_and_keeps_old_ones_in_use():
     assert not any(layer.bias for layer in report.layers)
     assert not torch.equal(model.first.bias, Net().first.bias)
     gains = trained()
-    report = merging.merge(gains, "calibrated", batches())
+    report = merging.merge(gains, "calibrated", batches(), bias=True)
     assert [layer.bias for layer in report.layers] == [False, True, False]
     assert "second" in str(report)
     assert "+ bias" in str(report)
@@ -423,7 +446,11 @@ def test_tolerance_keeps_the_worst_dynamic():
     report.unmerge()
     assert_same(model, before)
     assert torch.equal(model(x), dynamic)
-    assert merging.merge(model, "calibrated", batches(), tolerance=0.0).dynamic == ["first", "second", "third"]
+    assert merging.merge(model, "calibrated", batches(), tolerance=0.0).dynamic == [
+        "first",
+        "second",
+        "third",
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -437,7 +464,9 @@ def test_half_precision_is_rounded_once(dtype):
         exact, stored = getattr(wide, layer.name).weight, getattr(model, layer.name).weight
         assert ((stored.double() - exact).abs() <= 0.51 * eps * exact.abs() + 1e-7).all()
         assert 0 < layer.rounding < 0.1
-    assert all(layer.rounding < 1e-6 for layer in merging.merge(trained(torch.float32), "linear").layers)
+    assert all(
+        layer.rounding < 1e-6 for layer in merging.merge(trained(torch.float32), "linear").layers
+    )
 
 
 BAD = {
@@ -446,7 +475,11 @@ BAD = {
     "empty batches": (("calibrated", []), {}, "never ran on the batches"),
     "tolerance alone": (("linear",), {"tolerance": 0.1}, "needs batches"),
     "tolerance": (("linear", batches(2)), {"tolerance": -1.0}, "at least 0 .* got -1.0"),
-    "nan batches": (("calibrated", [torch.full((2, 6), math.nan)]), {}, "first saw NaN or infinity"),
+    "nan batches": (
+        ("calibrated", [torch.full((2, 6), math.nan)]),
+        {},
+        "first saw NaN or infinity",
+    ),
 }
 
 
@@ -526,17 +559,31 @@ def test_a_merged_model_holds_nothing_of_ours():
 # ---- the report, and training for the merge ----
 
 
-def test_the_report_prints_and_draws(tmp_path):
+def test_the_report_prints_and_draws():
     report = merging.merge(trained(), "calibrated", batches())
     text = str(report)
     assert "3 of 3 layers merged" in text
     assert text.count("%") == 9
-    report.draw(tmp_path / "errors.png")
-    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    page = report._repr_html_()
+    assert page.count("%") == 9
+    assert "second" in page
+    axes = report.plot()
+    assert [bar.get_label() for bar in axes.containers] == list(merging.METHODS)
+    heights = [bar.get_height() for bar in axes.containers[2]]
+    assert heights == [layer.errors["calibrated"] for layer in report.layers]
     bare = merging.merge(trained())
     assert "-" in str(bare)
     with pytest.raises(ValueError, match="merge with batches"):
-        bare.draw(tmp_path / "none.png")
+        bare.plot()
+
+
+def test_a_gained_bias_is_announced_with_what_keeps_it():
+    assert "gained a bias" not in str(merging.merge(trained(), "calibrated", batches()))
+    report = merging.merge(trained(), "calibrated", batches(), bias=True)
+    assert report.gained_bias == ["second"]
+    for told in (str(report), report._repr_html_()):
+        assert "1 layers gained a bias" in told
+        assert "attention_bias=True, mlp_bias=True" in told
 
 
 def test_the_gap_is_the_squared_error_of_the_best_fit():
@@ -548,7 +595,9 @@ def test_the_gap_is_the_squared_error_of_the_best_fit():
         model(x)
         value = gap()
     found = merging.collect(model, [x])
-    fits = {name: fit(layer, "calibrated", found[name]) for name, layer in core.layers(model).items()}
+    fits = {
+        name: fit(layer, "calibrated", found[name]) for name, layer in core.layers(model).items()
+    }
     expected = sum(f.error(found[name], torch.eye(2).double()) ** 2 for name, f in fits.items()) / 3
     assert value.item() == pytest.approx(expected, rel=1e-3)
     assert not any(layer._forward_pre_hooks for layer in core.layers(model).values())
@@ -565,7 +614,9 @@ def test_the_gap_is_safe_at_the_start():
 
 def test_training_against_the_gap_closes_it():
     model, x = trained(), torch.cat(batches(4))
-    optimizer = torch.optim.Adam([p for n, p in core.trained_parameters(model).items() if ".anl." in n], lr=0.02)
+    optimizer = torch.optim.Adam(
+        [p for n, p in core.ModelView.adapted(model).adapter().items() if ".anl." in n], lr=0.02
+    )
     values = []
     with merging.watch_linearity(model) as gap:
         for _ in range(60):
@@ -605,7 +656,9 @@ def hooked():
     return layer
 
 
-@pytest.mark.parametrize("make", [lambda: Masked(6, 6), lambda: Turned(6, 6), lambda: Turned(6, 5), hooked])
+@pytest.mark.parametrize(
+    "make", [lambda: Masked(6, 6), lambda: Turned(6, 6), lambda: Turned(6, 5), hooked]
+)
 def test_a_layer_that_computes_more_than_its_weight_is_not_merged(make):
     model = nn.Sequential(make())
     aurora.inject(model, "0", mode="static")
@@ -617,7 +670,9 @@ def test_a_layer_that_computes_more_than_its_weight_is_not_merged(make):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_rounding_and_zero_weights_are_not_taken_for_more(dtype):
-    model = nn.Sequential(nn.Linear(512, 64, dtype=dtype), nn.Linear(64, 3, bias=False, dtype=dtype))
+    model = nn.Sequential(
+        nn.Linear(512, 64, dtype=dtype), nn.Linear(64, 3, bias=False, dtype=dtype)
+    )
     nn.init.zeros_(model[1].weight)
     aurora.inject(model, "0|1", mode="static")
     assert aurora.merge(model).merged == ["0", "1"]
@@ -636,13 +691,134 @@ def altered_in_place(model):
         model.first.weight.add_(1)
 
 
-@pytest.mark.parametrize("alter", [altered_by_inject, altered_by_dtype, altered_in_place])
+def altered_past_autograd(model):
+    model.first.weight.data[0, 0] += 1e-6
+
+
+def altered_bias(model):
+    model.third.bias.data.neg_()
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [altered_by_inject, altered_by_dtype, altered_in_place, altered_past_autograd, altered_bias],
+)
 def test_unmerge_refuses_what_has_changed_since(alter):
     model = trained()
     report = aurora.merge(model)
     alter(model)
     with pytest.raises(ValueError, match="no longer as the merge left it"):
         report.unmerge()
+
+
+def altered_by_another_adapter(model):
+    aurora.inject(model.head, "", train="bias")
+
+
+def altered_by_freezing(model):
+    model.head.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("alter", [altered_by_another_adapter, altered_by_freezing])
+def test_unmerge_refuses_when_what_trains_has_changed_since(alter):
+    model = trained()
+    report = aurora.merge(model)
+    alter(model)
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="what trains has changed since the merge"):
+        report.unmerge()
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == required
+
+
+def test_a_fingerprint_sees_every_bit():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int8):
+        t = torch.arange(12).to(dtype).reshape(3, 4)
+        before = merging._fingerprint(t)
+        for byte in range(t.view(torch.uint8).numel()):
+            for bit in range(8):
+                changed = t.clone()
+                changed.view(torch.uint8).view(-1)[byte] ^= 1 << bit
+                assert merging._fingerprint(changed) != before
+        assert merging._fingerprint(t.t().contiguous().t()) == before
+
+
+def test_a_gained_bias_trains_where_its_weight_does_and_nowhere_else():
+    for trains in (True, False):
+        model = Net()
+        model.second.weight.requires_grad_(trains)
+        aurora.inject(model, TARGETS)
+        for p in aurora.parameters(model):
+            nn.init.normal_(p)
+        aurora.merge(model, "calibrated", batches(), bias=True)
+        assert model.second.bias.requires_grad == trains
+
+
+def test_calibration_does_not_see_what_it_is_judged_by():
+    given = batches(8)
+    fitted, judged = [b for i, b in enumerate(given) if i % 4 != 1], given[1::4]
+    alone = merging.merge(trained(), "calibrated", fitted, held_out=judged)
+    split = merging.merge(trained(), "calibrated", given)
+    assert [row.errors for row in split.layers] == [row.errors for row in alone.layers]
+    everything = merging.merge(trained(), "calibrated", given, held_out=judged)
+    assert everything.layers[0].errors != split.layers[0].errors
+
+
+def test_a_mask_follows_its_rows_over_several_parts():
+    model = trained(torch.float64, rank=4)  # 1,024 rows at a time
+    x = torch.randn(30, 100, 6, dtype=torch.float64)
+    mask = (torch.rand(30, 100) < 0.5).long()
+    dirty = torch.where(mask.unsqueeze(-1).bool(), x, 1e6)
+    moments = merging.collect(model, [{"x": dirty, "attention_mask": mask}])["first"]
+    alone = merging.collect(model, [x[mask.bool()]])["first"]
+    assert moments.count == alone.count == int(mask.sum())
+    torch.testing.assert_close(moments.mean, alone.mean)
+    torch.testing.assert_close(moments.scatter, alone.scatter)
+
+
+def test_directions_with_little_variance_are_fitted_too():
+    layer = aurora.AuroraLinear(nn.Linear(2, 3).double(), rank=2, alpha=2.0)
+    nn.init.normal_(layer.B)
+    z = torch.randn(400, 2, dtype=torch.float64) * torch.tensor([1.0, 1e-3])
+    y = z @ torch.tensor([[0.5, 2.0], [-1.0, 3.0]], dtype=torch.float64).t()
+    moments = Moments(6)
+    moments.add(torch.cat([z, y, torch.zeros_like(z)], 1))
+    found = fit(layer, "calibrated", moments).M  # a pseudo-inverse that cuts at 1e-3 loses one
+    wanted = torch.tensor([[0.5, 2.0], [-1.0, 3.0]], dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_fit_through_the_origin_is_the_best_there():
+    model = trained(torch.float64)
+    seen = merging.collect(model, batches(dtype=torch.float64))["second"]
+    layer, B = model.second, model.second.B.detach()
+    best = fit(layer, "calibrated", seen, constant=False)
+    assert not best.c.any()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        step = 1e-2 * torch.randn(2, 2, generator=generator, dtype=torch.float64)
+        other = Affine(best.M + step, best.K, best.c)
+        assert best.error(seen, B) < other.error(seen, B)
+
+
+def test_both_merges_are_one_where_both_apply():
+    for options in ({}, {"mode": "static"}, {"spline": "per-channel", "rank": 3}):
+        ours, papers = trained(**options), trained(**options)
+        merging.merge(ours)
+        core.static_merge(papers)
+        for name, p in ours.named_parameters():
+            torch.testing.assert_close(p, papers.get_parameter(name), rtol=1e-6, atol=1e-6)
+
+
+def test_both_merges_refuse_the_same():
+    masked = nn.Sequential(Masked(4, 4), nn.Linear(4, 4))
+    aurora.inject(masked, "0")
+    for act in (aurora.merge, core.static_merge):
+        before = state(masked)
+        with pytest.raises(ValueError, match=r"computes more than x W\^T \+ b"):
+            act(masked)
+        assert_same(masked, before)
 
 
 def test_unmerge_returns_adapters_in_the_mode_of_the_model():
@@ -657,10 +833,13 @@ def test_unmerge_returns_adapters_in_the_mode_of_the_model():
 def test_a_bias_gained_in_a_partial_merge_trains_again_with_its_weight():
     model = trained()
     errors = {
-        row.name: row.errors["calibrated"] for row in aurora.merge(copy.deepcopy(model), "calibrated", batches()).layers
+        row.name: row.errors["calibrated"]
+        for row in aurora.merge(copy.deepcopy(model), "calibrated", batches(), bias=True).layers
     }
     assert errors["second"] < max(errors.values())
-    report = aurora.merge(model, "calibrated", batches(), tolerance=errors["second"])
+    report = aurora.merge(
+        model, "calibrated", batches(), tolerance=errors["second"], bias=True
+    )
     assert report.dynamic
     assert not model.second.bias.requires_grad
     aurora.merge(model)
@@ -676,7 +855,9 @@ def test_held_out_batches_judge_a_merge_that_needs_none():
     assert kept.merged == []
 
 
-@pytest.mark.parametrize("x", [torch.randn(1, 6), torch.zeros(3, 6), torch.ones(5, 6), torch.randn(0, 6)])
+@pytest.mark.parametrize(
+    "x", [torch.randn(1, 6), torch.zeros(3, 6), torch.ones(5, 6), torch.randn(0, 6)]
+)
 def test_linearity_of_few_or_equal_rows_is_a_number(x):
     model = trained()
     with aurora.watch_linearity(model) as gap:

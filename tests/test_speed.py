@@ -78,7 +78,7 @@ def test_injecting_on_meta_allocates_nothing():
     tensors = [
         *model.parameters(),
         *model.buffers(),
-        *(t for m in model.layers for t in m.anl._grid),
+        *(t for m in model.layers for t in m.anl.grid),
     ]
     assert all(t.is_meta for t in tensors)
     assert sum(p.numel() for p in aurora.parameters(model)) == 3 * (2 * 32 + 4 + 16)
