@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import aurora
 from benchmarks.lab import baselines, data
 from benchmarks.lab import options as command
-from benchmarks.lab.methods import HEAD, inject_recommended
+from benchmarks.lab.methods import HEAD
 from benchmarks.lab.models import load_encoder
 from benchmarks.lab.needs import BenchmarkError, progress
 from benchmarks.lab.report import machine, markdown_table, picture, use_all_cores, write_report
@@ -105,6 +105,7 @@ def contenders(targets: str, rank: int, lr: float | None = None) -> Field:
 
     lr: replaces the chosen rates.
     """
+    inject = functools.partial(functools.partial, aurora.inject, target_regex=targets, train=HEAD)
     return Field(
         _plain("head only", lr or 1e-2, functools.partial(baselines.freeze, train=HEAD), {}),
         _lora(targets, rank, lr or 5e-3),
@@ -112,13 +113,13 @@ def contenders(targets: str, rank: int, lr: float | None = None) -> Field:
         Contender(
             f"AuroRA r={rank}",
             lr or 5e-3,
-            functools.partial(aurora.inject, target_regex=targets, rank=rank, train=HEAD),
+            inject(rank=rank),
             *(aurora.save, aurora.load, MERGES),
         ),
         Contender(
             f"AuroRA r={rank} recommended",
             lr or 5e-3,
-            functools.partial(inject_recommended, targets=targets, rank=rank, train=HEAD),
+            inject(rank=aurora.recommended(rank)),
             *(aurora.save, aurora.load, MERGES, aurora.parameter_groups),
         ),
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_house import broken_rules
 
 import benchmarks
 from benchmarks import approximation, learning, merging
@@ -62,32 +62,9 @@ def test_a_study_that_imports_another_is_noticed(source: str) -> None:
     assert trespasses(source, "learning") == set()
 
 
-def faults(tree: ast.AST) -> Iterator[str]:
-    """What breaks the rules of reading."""
-    for node in ast.walk(tree):
-        line = getattr(node, "lineno", 0)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno is not None
-            if (length := node.end_lineno - line + 1) > 40:
-                yield f"line {line}: {node.name} has {length} lines"
-        if len(getattr(node, "generators", ())) > 1:
-            yield f"line {line}: a comprehension with several loops"
-        if isinstance(node, ast.IfExp):
-            inner = [node.test, node.body, node.orelse]
-            if any(isinstance(part, ast.IfExp) for part in inner):
-                yield f"line {line}: a conditional expression in another"
-
-
 @pytest.mark.parametrize("path", sorted(ROOM.rglob("*.py")), ids=lambda path: path.stem)
 def test_benchmarks_can_be_read(path: Path) -> None:
-    assert list(faults(ast.parse(path.read_text(encoding="utf-8")))) == []
-
-
-def test_what_cannot_be_read_is_noticed() -> None:
-    long = "def f():\n" + "    x = 1\n" * 40
-    source = f"{long}[a for b in c for a in b]\nd if e else f if g else h\n"
-    assert len(list(faults(ast.parse(source)))) == 3
-    assert not list(faults(ast.parse("def f():\n" + "    x = 1\n" * 39)))
+    assert broken_rules(path.read_text(encoding="utf-8")) == []
 
 
 # --- Reports made of the committed lines ----------------------------------------------------------
