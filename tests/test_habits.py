@@ -29,7 +29,9 @@ PUBLIC_IN_0_1_0 = {
         METHODS Moments Affine fit collect MergedLayer MergeReport merge computes_linear
         merged_tensors watch_linearity
     """,
-    "aurora.bounds": "Certificate certify allowance assert_bounded LayerBounds BoundsReport report_bounds",
+    "aurora.bounds": """
+        Certificate certify allowance assert_bounded LayerBounds BoundsReport report_bounds
+    """,
     "aurora.training": "start_as_identity parameter_groups call layer_input evaluating",
 }
 YAML = [
