@@ -172,19 +172,6 @@ class _Call(NamedTuple):
     out: Tensor
 
 
-def _leaves(output: Any) -> Iterator[Tensor]:
-    """The tensors in a model's output: a tensor, or mappings, sequences, dataclasses of them."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from _leaves(list(output.values()))
-    elif isinstance(output, (list, tuple)):
-        for part in output:
-            yield from _leaves(part)
-    elif dataclasses.is_dataclass(output):
-        yield from _leaves(vars(output))
-
-
 def _measure(model: nn.Module, inputs: Any) -> list[tuple[str, _Measured]]:
     """The calls of adapted layers in one forward and backward pass in evaluation mode."""
     layers = {name: layer for name, layer in core.layers(model).items() if layer.enabled}
@@ -231,13 +218,12 @@ def _recording(layers: Mapping[str, core.AuroraLinear]) -> Iterator[list[_Call]]
 
 def _upstream(output: Any, made: list[_Call]) -> tuple[Tensor, ...]:
     """The gradients that reach the recorded outputs, from random ones at the model's outputs."""
-    ends = [end for end in _leaves(output) if end.requires_grad]
+    ends = [end for end in _running.leaves(output) if end.requires_grad]
     if not ends or not made:
         raise ValueError(
             "no output depends on an adapter that ran; give the model itself, not a compiled one"
         )
-    random = torch.Generator().manual_seed(0)
-    cotangents = [torch.randn(end.shape, generator=random).to(end) for end in ends]
+    cotangents = _running.random_like(ends)
     # Not backward(): it would write .grad, and wake whoever waits for it.
     outs = [call.out for call in made]
     return torch.autograd.grad(ends, outs, cotangents, materialize_grads=True)

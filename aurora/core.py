@@ -415,7 +415,8 @@ class AuroraLinear(nn.Module):
     out_features = property(lambda self: self.B.shape[0], doc="The width of the output.")
     enabled = property(lambda self: not _OFF.depth.get(id(self)), doc="Not inside `disabled`.")
 
-    def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:  # noqa: D102
+    def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:
+        """Adapt the layer itself, and return it."""
         if layer is None:  # a copy or a replica, which fills in its attributes by itself
             return super().__new__(cls)
         attach(layer, _new_adapter(layer, _configure(rank, options)))
@@ -662,8 +663,10 @@ class ModelView:
 
     def trained(self) -> list[nn.Parameter]:
         """What training moves, each once: the adapter without projections that are fixed."""
-        fixed = [layer for layer in self.layers.values() if layer.config.projections == "fixed"]
-        still = {p for layer in fixed for p in (layer.A, layer.B)}
+        still = set()
+        for layer in self.layers.values():
+            if layer.config.projections == "fixed":
+                still |= {layer.A, layer.B}
         return [p for p in dict.fromkeys(self.adapter().values()) if p not in still]
 
 
@@ -1036,10 +1039,11 @@ def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None
                 f"{label} is tied to another module, which the merge would change; untie it first"
             )
         if not computes_linear(layer):
-            kind = layer.original.__name__
-            raise ValueError(
-                f"{name or 'the layer'}, a {kind}, computes more than x W^T + b: it cannot be merged"
+            kind, told = (
+                layer.original.__name__,
+                "computes more than x W^T + b: a merge would differ",
             )
+            raise ValueError(f"{name or 'the layer'}, a {kind}, {told}")
 
 
 @torch.no_grad()
