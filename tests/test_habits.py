@@ -117,6 +117,12 @@ def test_every_link_between_documents_leads_somewhere() -> None:
     assert not broken
 
 
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    shown = {target.rpartition(".")[2] for target in re.findall(r"^::: (\S+)$", text, re.M)}
+    assert not set(aurora.__all__) - shown
+
+
 @pytest.mark.parametrize("page", ["promises", "compatibility"])
 def test_every_test_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
