@@ -30,9 +30,13 @@ def start_as_identity(model: nn.Module) -> None:
     found = core.layers(model)
     for name, layer in found.items():
         if layer.config.spline != "per-channel" or not layer.config.learnable:
-            raise ValueError(f'{name} has no spline per channel: inject with spline="per-channel", learnable=True')
+            raise ValueError(
+                f'{name} has no spline per channel: inject with spline="per-channel", learnable=True'
+            )
         if not layer.B.is_meta and layer.B.any():
-            raise ValueError(f"{name} has been trained already; layer.reset_parameters() would start afresh")
+            raise ValueError(
+                f"{name} has been trained already; layer.reset_parameters() would start afresh"
+            )
     for layer in found.values():
         c, w = layer.config, layer.anl.spline_weight
         assert w is not None
@@ -56,7 +60,9 @@ def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[
     for name, value in (("lr", lr), ("factor", factor)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and above 0, got {value!r}")
-    nonlinear = dict.fromkeys(p for layer in core.layers(model).values() for p in layer.anl.parameters())
+    nonlinear = dict.fromkeys(
+        p for layer in core.layers(model).values() for p in layer.anl.parameters()
+    )
     others = [p for p in core.parameters(model) if p not in nonlinear]
     return [{"params": others, "lr": lr}, {"params": list(nonlinear), "lr": factor * lr}]
 
