@@ -52,9 +52,9 @@ except ImportError as error:
     ) from error
 
 PEFT_TYPE = "AURORA_ADAPTERS"
-_OPTIONS = tuple(
+_OPTIONS = [
     f.name for f in dataclasses.fields(core.AuroraConfig) if f.name not in ("rank", "alpha")
-)
+]
 
 
 def _new_type(name: str) -> PeftType:
@@ -79,7 +79,7 @@ class AuroraPeftConfig(peft.PeftConfig):
         r: The rank; `rank` in AuroraConfig.
         alpha: The output is scaled by `alpha / r`; None is `2 * r`.
         mode, spline, fixed, learnable, activation: As in AuroraConfig.
-        grid_size, spline_order, grid_range, dropout: As in AuroraConfig.
+        grid_size, spline_order, grid_range, dropout, init, projections: As in AuroraConfig.
         target_modules: Names or their endings, one regular expression that has to match a whole
             name, or "all-linear"; None is what PEFT's LoRA takes for the architecture.
         exclude_modules: What target_modules must not match, likewise.
@@ -105,6 +105,8 @@ class AuroraPeftConfig(peft.PeftConfig):
     spline_order: int = core.AuroraConfig.spline_order
     grid_range: tuple[float, float] = core.AuroraConfig.grid_range
     dropout: float = core.AuroraConfig.dropout
+    init: str = core.AuroraConfig.init
+    projections: str = core.AuroraConfig.projections
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -136,16 +138,16 @@ class AuroraPeftConfig(peft.PeftConfig):
             get_pattern_key(list(self.alpha_pattern), module), self.alpha
         )
         own = {name: getattr(self, name) for name in _OPTIONS}
-        return core.AuroraConfig(r, 2.0 * r if alpha is None else alpha, **own)
+        return core.AuroraConfig(r, alpha, **own)
 
 
 class AuroraTunerLinear(nn.Module, BaseTunerLayer):
     """A linear layer with any number of named adapters, whose outputs add up.
 
     x (..., in_features) -> (..., out_features), in the dtype of the base's output. `base_layer` is
-    the layer as it was. By adapter name, `configs` holds the options, `scaling` the factor s,
-    `aurora_A` and `aurora_B` modules whose `weight` is A (r, in_features) and B (out_features, r),
-    and `aurora_anl` the nonlinear layers; all in float32, or float64 over a float64 base.
+    the layer as it was. By adapter name, `configs` holds the options, `aurora_A` and `aurora_B`
+    modules whose `weight` is A (r, in_features) and B (out_features, r), and `aurora_anl` the
+    nonlinear layers; all in float32, or float64 over a float64 base.
     """
 
     base_layer: Any
@@ -154,7 +156,7 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
     aurora_anl: Any
     _unmerged: Any
     adapter_layer_names = ("aurora_A", "aurora_B", "aurora_anl")
-    other_param_names = ("configs", "scaling")
+    other_param_names = ("configs",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: core.AuroraConfig) -> None:
         super().__init__()
@@ -165,7 +167,6 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = features
         self.aurora_A, self.aurora_B, self.aurora_anl = (nn.ModuleDict() for _ in range(3))
         self.configs: dict[str, core.AuroraConfig] = {}
-        self.scaling: dict[str, float] = {}
         self.merged_adapters = []
         self._active_adapter = adapter_name
         self.register_buffer("_unmerged", None, persistent=False)  # the weight before merging
@@ -179,10 +180,33 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         self.aurora_B[adapter_name] = make(config.rank, self.out_features)
         self.aurora_anl[adapter_name] = core.ANL(config, device=device, dtype=dtype)
         self.configs[adapter_name] = config
-        self.scaling[adapter_name] = config.alpha / config.rank
-        nn.init.kaiming_uniform_(self.aurora_A[adapter_name].weight, a=math.sqrt(5))
-        nn.init.zeros_(self.aurora_B[adapter_name].weight)
+        A, B, _ = self.parts(adapter_name)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        (nn.init.orthogonal_ if config.projections == "fixed" else nn.init.zeros_)(B)
         self.set_adapter(self.active_adapters)
+
+    def parts(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter, core.ANL]:
+        """A, B and the nonlinear layer of an adapter."""
+        A, B = (part[adapter_name].weight for part in (self.aurora_A, self.aurora_B))
+        return A, B, self.aurora_anl[adapter_name]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; they train unless inference_mode."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._freeze_fixed()
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Let these adapters train, or not."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_fixed()
+
+    def _freeze_fixed(self) -> None:
+        for name, config in self.configs.items():
+            if config.projections == "fixed":
+                for p in self.parts(name)[:2]:
+                    p.requires_grad_(False)
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         """Where adapters belong: by the base's weight, or where accelerate runs that base."""
@@ -190,7 +214,7 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         like = next(base.parameters(), torch.empty(()))
         hook: Any = getattr(base, "_hf_hook", None)
         device = hook.execution_device if getattr(hook, "offload", False) else like.device
-        return torch.device(device), core._wide(like)
+        return torch.device(device), core.wide_dtype(like)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -236,34 +260,33 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         return out
 
     def _adapted(self, out: Tensor, x: Tensor, name: str) -> Tensor:
-        """`out + s B sigma(A x)`, as `core.AuroraLinear` computes it."""
-        config, scale, anl = self.configs[name], self.scaling[name], self.aurora_anl[name]
-        x, static = F.dropout(x, config.dropout, self.training), config.mode == "static"
-        A = self.aurora_A[name].weight
-        down = anl.columns(A, scale) if static else A
-        y = F.linear(x, down.to(x.dtype)).reshape(-1, config.rank)  # (N, r)
-        y = y if static else anl.columns(y.t().contiguous(), scale).t()
-        up = self.aurora_B[name].weight.t().to(out.dtype).contiguous()  # (r, out_features)
+        """`out + s B sigma(A x)`, as `core.AuroraLinear.add_adapter` computes it."""
+        config, (A, B, anl) = self.configs[name], self.parts(name)
+        x = F.dropout(x, config.dropout, self.training)
+        if config.mode == "static":
+            down = anl(A.t(), config.scaling).t()  # (r, in_features)
+            y = F.linear(x, down.to(x.dtype)).reshape(-1, config.rank)  # (N, r)
+        else:
+            z = F.linear(x, A.to(x.dtype)).reshape(-1, config.rank)  # (N, r)
+            y = anl(z, config.scaling)  # (N, r)
+        up = B.t().to(out.dtype).contiguous()  # (r, out_features)
         return torch.addmm(out.reshape(-1, self.out_features), y.to(out.dtype), up).view_as(out)
 
-    def config_in_use(self, adapter_name: str) -> core.AuroraConfig:
-        """The options of an adapter, with the alpha that its scaling has now."""
-        config, scale = self.configs[adapter_name], self.scaling[adapter_name]
-        if scale == config.alpha / config.rank:
-            return config
-        return dataclasses.replace(config, alpha=scale * config.rank)
-
-    def parts(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter, core.ANL]:
-        """A, B and the nonlinear layer of an adapter."""
-        A, B = (part[adapter_name].weight for part in (self.aurora_A, self.aurora_B))
-        return A, B, self.aurora_anl[adapter_name]
+    def as_ours(self, adapter_name: str) -> core.AuroraLinear:
+        """The base with one adapter as our own layer: a view of the same tensors, nothing moves."""
+        A, B, anl = self.parts(adapter_name)
+        base: Any = self.get_base_layer()
+        view = core._blank(type(base))
+        view.__dict__.update(base.__dict__)
+        view._parameters = {**base._parameters, "A": A, "B": B}
+        view._modules = {**base._modules, "anl": anl}
+        return view
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What a static merge adds: `s B sigma(A)`, sigma on each column of A."""
-        A, B, anl = self.parts(adapter_name)
-        update = B.to(core._wide(B)) @ anl.columns(A.to(core._wide(A)), self.scaling[adapter_name])
-        return update.t() if type(self.get_base_layer()).__name__ == "Conv1D" else update
+        view = self.as_ours(adapter_name)
+        return core.as_stored(view, view.static_update())
 
     @torch.no_grad()
     def merged_weight(self, adapter_names: Iterable[str]) -> Tensor:
@@ -273,7 +296,7 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         """
         base: Any = self.get_base_layer()
         weight: Tensor = base.weight if self._unmerged is None else self._unmerged
-        total: Tensor = weight.to(core._wide(weight))
+        total: Tensor = weight.to(core.wide_dtype(weight))
         for name in adapter_names:
             total = total + self.get_delta_weight(name)
         merged = total.to(weight.dtype)
@@ -312,8 +335,10 @@ class AuroraTuner(BaseTuner):
         # PEFT injects layer by layer; what it would stumble over is looked for before the first.
         if peft_config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
-            names = peft_config.target_modules
-            peft_config.target_modules = {n for n in names if not _is_bypassed(model, n)}
+            found = {name: model.get_submodule(name) for name in peft_config.target_modules}
+            peft_config.target_modules = {
+                name for name, m in found.items() if not core._bypassed_by(model, m)
+            }
             return
         for name, module in _outside_of_adapters(model):
             if name and self._check_target_module_exists(peft_config, name):
@@ -374,21 +399,12 @@ class AuroraTuner(BaseTuner):
         return {name: module for name, module in found if isinstance(module, AuroraTunerLinear)}
 
     def _check_merge_allowed(self) -> None:
-        """Raise ValueError for a weight that is quantised, sharded, or tied to another module's."""
-        used = [p for module in self.model.modules() for p in module._parameters.values()]
-        for name, layer in self._layers().items():
-            weight = layer.get_base_layer()._parameters.get("weight")
-            plain = (
-                type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
-            )
-            if weight is None or not plain or weight.itemsize < 2:
-                raise ValueError(
-                    f"{name}.weight is quantised, sharded or on meta; merge into a plain copy"
-                )
-            if sum(p is weight for p in used) > 1:
-                raise ValueError(
-                    f"{name}.weight is tied to another module, which the merge would change; untie it"
-                )
+        views = {
+            name: layer.as_ours(next(iter(layer.configs)))
+            for name, layer in self._layers().items()
+            if layer.configs and not layer.merged
+        }
+        core.check_mergeable(self.model, views)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -438,7 +454,7 @@ class AuroraTuner(BaseTuner):
             raise ValueError(
                 f"method={method!r} merges one adapter at a time, got {', '.join(chosen) or 'none'}"
             )
-        with _unchanged_on_error(self):
+        with core.unchanged_on_error(self):
             base = _take_out(self, chosen[0])
             merging.merge(base, method, batches, held_out=held_out, **options)
         return base
@@ -455,7 +471,7 @@ class AuroraTuner(BaseTuner):
         if "dynamic" in modes:
             warnings.warn(
                 "a static merge of a dynamic adapter computes another function than was trained; "
-                'merge_and_unload(method="calibrated", batches=...) keeps it as well as a linear layer can',
+                'merge_and_unload(method="calibrated", batches=...) keeps what a linear layer can',
                 stacklevel=3,
             )
 
@@ -476,19 +492,8 @@ def _check_adaptable(model: nn.Module, name: str, module: nn.Module) -> None:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if core.linear_features(base) is None:
         raise TypeError(f"{name} is a {type(base).__name__}, not linear: match other layers")
-    if _is_bypassed(model, name):
-        raise ValueError(f"{name}: its parent reads its weight and never calls it; exclude it")
-
-
-def _is_bypassed(model: nn.Module, name: str) -> bool:
-    above, _, key = name.rpartition(".")
-    parent = model.get_submodule(above)
-    # PyTorch's encoder layer does call its linears, once its fused evaluation is off.
-    fused = (
-        not isinstance(parent, nn.TransformerEncoderLayer)
-        or torch.backends.mha.get_fastpath_enabled()
-    )
-    return fused and core._is_bypassed(type(parent), key)
+    if reason := core._bypassed_by(model, module):
+        raise ValueError(f"{name}: {reason}; match other layers")
 
 
 def _copies(kwargs: Mapping[str, Any]) -> int:
@@ -517,111 +522,100 @@ if _TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:
     )
 
 
-# --- Between PEFT's adapters and ours --------------------------------------------------------------------------------
+# ---- Between PEFT's adapters and ours ----------------------------------------------------------
 
 
 def to_aurora(model: peft.PeftModel, adapter_name: str | None = None) -> nn.Module:
-    """The base model with one adapter as `aurora.inject` would have put it there, for `aurora.save`, `merge` and so on.
+    """The base model with one adapter as `aurora.inject` would have put it there, in place.
 
-    In place: the PEFT model is used up. The adapter's tensors stay the same objects; modules_to_save become what
-    `train=` keeps. adapter_name: by default the active one.
+    It is then a model for `aurora.save`, `aurora.merge`, bounds and so on; the PEFT model is used
+    up. The adapter's tensors stay the same objects; `modules_to_save` become what `train=` keeps.
 
-    Raises TypeError if `model` has no adapters of ours, ValueError if it has none of that name, or several are active.
+    Args:
+        model: A PEFT model with adapters of ours.
+        adapter_name: The adapter to keep; by default the active one.
+
+    Returns:
+        The base model.
+
+    Raises:
+        TypeError: If the adapters are another method's.
+        ValueError: If there is no such adapter, several are active, or some are merged.
     """
     tuner = model.base_model
     if not isinstance(tuner, AuroraTuner):
         raise TypeError(f"not a PeftModel with adapters of AuroRA: {type(model).__name__}")
-    name = adapter_name or _only_active(tuner)
-    with _unchanged_on_error(tuner):
-        return _take_out(tuner, name)
+    active = tuner.active_adapters
+    if adapter_name is None and len(active) != 1:
+        raise ValueError(f"name an adapter; active are: {', '.join(active) or 'none'}")
+    with core.unchanged_on_error(tuner):
+        return _take_out(tuner, adapter_name or active[0])
 
 
 def _take_out(tuner: AuroraTuner, name: str) -> nn.Module:
     layers = {key: layer for key, layer in tuner._layers().items() if name in layer.configs}
     if not layers:
         raise ValueError(f"there is no adapter {name!r}; there are {', '.join(tuner.peft_config)}")
-    for layer in layers.values():
-        if layer.merged:
-            layer.unmerge()
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("some adapters are merged: unmerge_adapter() first")
     tuner.set_adapter(name)
-    kept = [
-        f"{key}.{n}" for key, head in _heads(tuner.model, name) for n, _ in head.named_parameters()
-    ]
-    configs = {key: layer.config_in_use(name) for key, layer in layers.items()}
+    heads = _heads(tuner.model, name)
+    kept = [core.join(key, n) for key, head in heads.items() for n, _ in head.named_parameters()]
     base: nn.Module = tuner.unload()
-    for config in dict.fromkeys(configs.values()):
-        names = [key for key, its in configs.items() if its == config]
-        core.inject(base, _exactly(names), config, train=_exactly(kept) if kept else None)
+    for config in dict.fromkeys(layer.configs[name] for layer in layers.values()):
+        same = {key for key, layer in layers.items() if layer.configs[name] == config}
+        core.inject(base, _named(same), config, train=_exactly(kept))
     for key, layer in core.layers(base).items():
         layer.A, layer.B, layer.anl = layers[key].parts(name)
     return base
 
 
-@contextlib.contextmanager
-def _unchanged_on_error(tuner: AuroraTuner) -> Iterator[None]:
-    """An error in the block leaves the PEFT model as it was."""
-    children = [(module, dict(module._modules)) for module in tuner.model.modules()]
-    trained = [(p, p.requires_grad) for p in tuner.model.parameters()]
-    active = tuner.active_adapter
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(ValueError):  # nothing was injected yet
-            core.remove(tuner.model)
-        for module, found in children:
-            module._modules.update(found)
-        tuner.set_adapter(active)
-        tuner.model.peft_config = tuner.peft_config
-        for p, required in trained:
-            p.requires_grad_(required)
-        raise
+def _named(names: set[str]) -> core.Target:
+    return lambda name, module: name in names
+
+
+def _exactly(names: list[str]) -> str | None:
+    """A regex that matches these names and no other; None if there are none."""
+    return f"^(?:{'|'.join(map(re.escape, names))})$" if names else None
+
+
+def _heads(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
+    """The modules that train as a whole with an adapter, by their names in the base model."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module.modules_to_save:
+            found[name] = module.modules_to_save[adapter_name]
+    return found
 
 
 def from_aurora(model: nn.Module, adapter_name: str = "default", **options: Any) -> peft.PeftModel:
-    """A PeftModel from a model that `aurora.inject` or `aurora.load` adapted, in place, with the same tensors.
+    """A PEFT model of one that `aurora.inject` or `aurora.load` adapted, with the same tensors.
 
-    options: further ones of PEFT's configurations, such as `task_type="CAUSAL_LM"`.
+    Args:
+        model: A model with adapters of ours. It becomes the base of the PEFT model.
+        adapter_name: What PEFT is to call the adapter.
+        **options: Further ones of PEFT's configurations, such as `task_type="CAUSAL_LM"`.
 
-    Raises ValueError, with the model as it was, if one PEFT configuration cannot describe its layers: they differ in
-    more than rank and alpha, or `train=` kept some parameters of a module and not others.
+    Returns:
+        The PEFT model.
+
+    Raises:
+        ValueError: With the model as it was, if one PEFT configuration cannot describe it: its
+            layers differ in more than rank and alpha, or `train=` kept some parameters of a
+            module and not others.
     """
     layers = core.layers(model)
     config = _config_of(model, {name: layer.config for name, layer in layers.items()}, options)
     parts = {name: (layer.A, layer.B, layer.anl) for name, layer in layers.items()}
-    core.remove(model)
-    done = peft.get_peft_model(model, config, adapter_name)
-    for name, layer in done.base_model._layers().items():
-        A, B, anl = parts[name]
-        layer.aurora_A[adapter_name].weight, layer.aurora_B[adapter_name].weight = A, B
-        layer.aurora_anl[adapter_name] = anl
-        layer.set_adapter(layer.active_adapters)
+    with core.unchanged_on_error(model):
+        core.remove(model)
+        done = peft.get_peft_model(model, config, adapter_name)
+    tuner: Any = done.base_model
+    for name, wrapper in tuner._layers().items():
+        A, B, wrapper.aurora_anl[adapter_name] = parts[name]
+        wrapper.aurora_A[adapter_name].weight, wrapper.aurora_B[adapter_name].weight = A, B
+        wrapper.set_adapter(wrapper.active_adapters)
     return done
-
-
-def _only_active(tuner: AuroraTuner) -> str:
-    active = tuner.active_adapters
-    if len(active) != 1:
-        raise ValueError(
-            f"one adapter has to be active or named; active are: {', '.join(active) or 'none'}"
-        )
-    return str(active[0])
-
-
-def _heads(model: nn.Module, adapter_name: str) -> list[tuple[str, nn.Module]]:
-    """The modules that train as a whole with an adapter, by the names they have in the base model."""
-    found = [
-        (name, m) for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)
-    ]
-    return [
-        (name, m.modules_to_save[adapter_name])
-        for name, m in found
-        if adapter_name in m.modules_to_save
-    ]
-
-
-def _exactly(names: Iterable[str]) -> str:
-    """A regular expression that matches these names and no other."""
-    return f"^(?:{'|'.join(map(re.escape, names))})$"
 
 
 def _config_of(
@@ -634,31 +628,31 @@ def _config_of(
         alpha=first.alpha,
         target_modules=list(configs),
         rank_pattern={re.escape(n): c.rank for n, c in configs.items() if c.rank != first.rank},
-        alpha_pattern={re.escape(n): c.alpha for n, c in configs.items() if c.alpha != first.alpha},
+        alpha_pattern={
+            re.escape(n): float(c.scaling * c.rank)
+            for n, c in configs.items()
+            if c.alpha != first.alpha
+        },
         modules_to_save=_whole_modules(model) or None,
         **{name: getattr(first, name) for name in _OPTIONS},
         **options,
     )
     for name, config in configs.items():
         if made.options(name) != config:
-            raise ValueError(
-                f"{name} has other options than {next(iter(configs))}, which PEFT cannot express"
-            )
+            raise ValueError(f"{name} has other options than {next(iter(configs))}: not for PEFT")
     return made
 
 
 def _whole_modules(model: nn.Module) -> list[str]:
-    """The modules that `train=` kept, each with all of its parameters; ValueError if it kept but some."""
-    adapters = {
-        p for layer in core.layers(model).values() for p in layer.adapter_parameters().values()
-    }
-    kept = {name: p for name, p in core.trained_parameters(model).items() if p not in adapters}
-    names, heads = list(dict.fromkeys(name.rpartition(".")[0] for name in kept)), set(kept.values())
-    for name in names:
-        if any(p not in heads for p in model.get_submodule(name).parameters()):
-            raise ValueError(
-                f"some parameters of {name} train and others do not, which PEFT cannot express"
-            )
+    """The modules that `train=` kept. ValueError if it kept some parameters of one, but not all."""
+    found = core.ModelView.adapted(model).parameters.values()
+    kept = {owned.tensor for owned in found if owned.key in owned.note.train}
+    names = []
+    for name, module in core.ModelView.of(model).modules.items():
+        trains = [p in kept for p in module._parameters.values() if p is not None]
+        if any(trains) and not all(trains):
+            raise ValueError(f"some parameters of {name} train and others do not: not for PEFT")
+        names += [name] if any(trains) else []
     return names
 
 
@@ -669,102 +663,103 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Put a saved adapter's values into one that is there, in place: optimizers and compiled graphs stay valid.
+    """Put a saved adapter's values into one that is there, in place.
 
-    Arguments as in `peft.utils.hotswap.hotswap_adapter`, which knows LoRA only. The layers and every option but dropout
-    must be the same. Raises ValueError, with the model as it was, if they are not, or if the adapter is merged.
+    Optimizers and compiled graphs stay valid. The arguments are those of
+    `peft.utils.hotswap.hotswap_adapter`, which knows LoRA only.
+
+    Args:
+        model: A PEFT model, compiled or not.
+        model_name_or_path: The saved adapter.
+        adapter_name: The adapter to overwrite.
+        torch_device: Where to read the file to; the CPU by default.
+        **kwargs: Further ones for the download.
+
+    Raises:
+        ValueError: With the model as it was, if the layers or any option but dropout differ, or
+            the adapter is merged.
     """
     model = getattr(model, "_orig_mod", model)
     path = str(model_name_or_path)
     config = AuroraPeftConfig.from_pretrained(path, **kwargs)
     given = load_peft_weights(path, device=torch_device or "cpu", **kwargs)
-    own = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
-    wrong = [
-        f"{key}: {_shape(given.get(key))} in the file, {_shape(own.get(key))} in the model"
-        for key in sorted(own.keys() | given.keys())
-        if _shape(own.get(key)) != _shape(given.get(key))
-    ]
-    for name, layer in model.named_modules():
-        if isinstance(layer, AuroraTunerLinear) and adapter_name in layer.configs:
-            same = dataclasses.replace(layer.configs[adapter_name], dropout=config.dropout)
-            wrong += (
-                [f"{name}: other options in the file than in the model"]
-                if config.options(name) != same
-                else []
-            )
-            wrong += (
-                [f"{name} is merged: unmerge_adapter() first"]
-                if adapter_name in layer.merged_adapters
-                else []
-            )
+    wrong = _misfits(model, adapter_name, config, given)
     if wrong:
-        raise ValueError(
-            f"{path} cannot take the place of adapter {adapter_name!r}:\n  " + "\n  ".join(wrong)
-        )
+        lines = "\n  ".join(wrong)
+        raise ValueError(f"{path} cannot take the place of adapter {adapter_name!r}:\n  {lines}")
     set_peft_model_state_dict(model, given, adapter_name=adapter_name)
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))
+def _misfits(
+    model: nn.Module, adapter_name: str, config: AuroraPeftConfig, given: Mapping[str, Tensor]
+) -> list[str]:
+    """What keeps tensors and options from taking the place of an adapter's."""
+    own = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
+    wrong = []
+    for key in sorted(own.keys() | given.keys()):
+        theirs, ours = (tuple(x[key].shape) if key in x else "missing" for x in (given, own))
+        if theirs != ours:
+            wrong.append(f"{key}: {theirs} in the file, {ours} in the model")
+    for name, layer in model.named_modules():
+        if isinstance(layer, AuroraTunerLinear) and adapter_name in layer.configs:
+            same = dataclasses.replace(layer.configs[adapter_name], dropout=config.dropout)
+            if config.options(name) != same:
+                wrong.append(f"{name}: other options in the file than in the model")
+            if adapter_name in layer.merged_adapters:
+                wrong.append(f"{name} is merged: unmerge_adapter() first")
+    return wrong
 
 
-# What aurora-peft 0.1.5 calls a tensor, beside our name. Its files keep the adapter's name; a grid is a constant.
+# ---- From aurora-peft --------------------------------------------------------------------------
+
+# What it calls a tensor, beside our name. Its files keep the adapter's name, and grids, which are
+# constants.
 _AURORA_PEFT = (
     (r"\.aurora_lora_([AB])(?:\.[^.]+)?$", r".aurora_\1.weight"),
     (r"\.aurora_anl(?:\.[^.]+)?\.base_weight$", ".aurora_anl.H"),
     (r"\.aurora_anl(?:\.[^.]+)?\.spline_weight$", ".aurora_anl.spline_weight"),
     (r"\.modules_to_save\.[^.]+\.", "."),
 )
-_SAME_IN_AURORA_PEFT = (
-    *(
-        "r",
-        "alpha",
-        "grid_size",
-        "spline_order",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-    ),
-    *(
-        "layers_pattern",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-        "base_model_name_or_path",
-        "task_type",
-    ),
-    *("revision", "inference_mode"),
-)
+# Options of the same name that mean the same. Its `base_activation` acts nowhere; its dropouts act
+# in training only.
+_SAME = [
+    *("r", "alpha", "rank_pattern", "alpha_pattern", "grid_size", "spline_order"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
+]
 
 
 def convert_aurora_peft(
     source: str | os.PathLike[str], destination: str | os.PathLike[str]
 ) -> None:
-    """Write the folder that aurora-peft's `save_pretrained` made as one that `PeftModel.from_pretrained` reads here.
+    """Write a folder of aurora-peft's as one that `PeftModel.from_pretrained` reads here.
 
-    The outputs are the same up to rounding. Its rank and module dropout, which act in training only, have no
-    counterpart and are left out. Raises FileNotFoundError; ValueError if the folder is not aurora-peft's, or its file
-    holds several adapters.
+    The outputs are the same up to rounding. Its rank and module dropout are left out.
+
+    Args:
+        source: What `save_pretrained` of aurora-peft 0.1.5 wrote.
+        destination: The folder to write, made if need be.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the folder is not aurora-peft's, or its file holds several adapters.
     """
     import safetensors.torch
 
     source, destination = Path(source), Path(destination)
     theirs = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     if theirs.get("peft_type") != "AURORA":
-        raise ValueError(
-            f"{source} is not a folder of aurora-peft's: its peft_type is {theirs.get('peft_type')!r}"
-        )
+        raise ValueError(f"{source} is not aurora-peft's: peft_type {theirs.get('peft_type')!r}")
     tensors: dict[str, Tensor] = {}
     for key, tensor in safetensors.torch.load_file(source / "adapter_model.safetensors").items():
         if key.endswith(".grid"):
             continue
-        for pattern, ours in _AURORA_PEFT:
-            key = re.sub(pattern, ours, key)
+        for pattern, name in _AURORA_PEFT:
+            key = re.sub(pattern, name, key)
         if key in tensors:
             raise ValueError(f"{source} holds several adapters; save them one by one")
         tensors[key] = tensor
-    config = AuroraPeftConfig(**{key: theirs[key] for key in _SAME_IN_AURORA_PEFT if key in theirs})
+    config = AuroraPeftConfig(**{key: theirs[key] for key in _SAME if key in theirs})
     config.save_pretrained(str(destination))
-    safetensors.torch.save_file(
-        tensors, destination / "adapter_model.safetensors", {"format": "pt"}
-    )
+    path = destination / "adapter_model.safetensors"
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
