@@ -288,6 +288,11 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         view = self.as_ours(adapter_name)
         return core.as_stored(view, view.static_update())
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter is a LoRA of its rank: `peft.convert_to_lora` is then exact."""
+        config = self.configs.get(adapter_name)
+        return config is not None and config.mode == "static"
+
     @torch.no_grad()
     def merged_weight(self, adapter_names: Iterable[str]) -> Tensor:
         """The base's weight plus these adapters' updates, summed in float32 or wider.
@@ -522,7 +527,31 @@ if _TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:
     )
 
 
-# ---- Between PEFT's adapters and ours ----------------------------------------------------------
+def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[dict[str, Any]]:
+    """What `aurora.parameter_groups` is to our own models: groups for any torch optimizer.
+
+    Args:
+        model: A PEFT model, or one of transformers' or diffusers' with adapters.
+        lr: The learning rate of A, B and `modules_to_save`.
+        factor: H and the spline weights train at `factor * lr`, without weight decay.
+
+    Returns:
+        Dictionaries with "params" and "lr", for the nonlinear layers also "weight_decay".
+
+    Raises:
+        ValueError: If no adapter of ours trains.
+    """
+    layers = [m for m in model.modules() if isinstance(m, AuroraTunerLinear)]
+    inside = dict.fromkeys(p for layer in layers for p in layer.aurora_anl.parameters())
+    nonlinear = [p for p in inside if p.requires_grad]
+    others = [p for p in model.parameters() if p.requires_grad and p not in inside]
+    if not nonlinear:
+        raise ValueError("the model has no AuroRA adapter that trains")
+    slow: dict[str, Any] = {"params": others, "lr": lr}
+    return [slow, {"params": nonlinear, "lr": factor * lr, "weight_decay": 0.0}]
+
+
+# ---- Between PEFT's adapters and ours ---------------------------------------------------------
 
 
 def to_aurora(model: peft.PeftModel, adapter_name: str | None = None) -> nn.Module:

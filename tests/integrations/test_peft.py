@@ -24,6 +24,10 @@ from aurora.integrations import peft as ours
 from aurora.integrations.peft import AuroraPeftConfig, from_aurora, hotswap_adapter, to_aurora
 
 pytestmark = pytest.mark.filterwarnings("error:.*:UserWarning:aurora")
+# For older ends of the range; neither skips with what the test command installs.
+VERSION = tuple(int(part) for part in peft.__version__.split(".")[:2])
+NEEDS_020 = pytest.mark.skipif(VERSION < (0, 20), reason="transformers 5 imports newer parts of it")
+NEEDS_021 = pytest.mark.skipif(VERSION < (0, 21), reason="converting to LoRA is new")
 IDS = torch.arange(12).reshape(2, 6)
 
 
@@ -739,6 +743,7 @@ def test_auto_peft_model(tmp_path):
         assert not torch.equal(answer(again, IDS), out)
 
 
+@NEEDS_020
 def test_the_adapters_of_transformers_models(tmp_path, monkeypatch):
     """`model.add_adapter` and `load_adapter`, which call PEFT without a PeftModel."""
     # transformers 5.24 asks for a PEFT that is newer than any there is.
@@ -762,6 +767,64 @@ def test_the_adapters_of_transformers_models(tmp_path, monkeypatch):
     assert torch.equal(answer(again, IDS), out)
     again.delete_adapter("default")
     assert torch.equal(answer(again, IDS), plain)
+
+
+@NEEDS_021
+def test_a_static_adapter_becomes_a_lora(tmp_path):
+    """And with that a file for whatever reads LoRA only, as servers do."""
+    model, x, out, _ = adapted("static")
+    config, state = peft.convert_to_lora(model, rank=2)
+    lora = peft.get_peft_model(build("static")[0], config)
+    peft.set_peft_model_state_dict(lora, state)
+    torch.testing.assert_close(answer(lora.eval(), x), out)
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peft.convert_to_lora(adapted("one layer")[0], rank=2)
+
+
+def test_the_adapters_of_diffusers_models():
+    import diffusers
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=2,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+    inputs = torch.randn(1, 2, 8, 8), torch.tensor(3), torch.randn(1, 4, 8)
+
+    def run():
+        with torch.no_grad():
+            return unet(*inputs).sample
+
+    plain = run()
+    unet.add_adapter(AuroraPeftConfig(r=2, target_modules=["to_q", "to_v"]))
+    assert torch.equal(run(), plain)
+    disturb(unet)
+    out = run()
+    assert not torch.equal(out, plain)
+    unet.disable_adapters()
+    assert torch.equal(run(), plain)
+    unet.enable_adapters()
+    assert torch.equal(run(), out)
+
+
+def test_parameter_groups():
+    model, *_ = adapted("with a head")
+    groups = ours.parameter_groups(model, lr=1e-3)
+    names = {p: name for name, p in model.named_parameters()}
+    assert [(g["lr"], g.get("weight_decay")) for g in groups] == [(1e-3, None), (1e-2, 0.0)]
+    assert {names[p] for g in groups for p in g["params"]} == trains(model)
+    assert all(".aurora_anl." in names[p] for p in groups[1]["params"])
+    assert not any(".aurora_anl." in names[p] for p in groups[0]["params"])
+    with pytest.raises(ValueError, match="no AuroRA adapter"):
+        ours.parameter_groups(Mlp(), lr=1e-3)
 
 
 def gradients(model):
@@ -792,7 +855,8 @@ def test_one_graph():
 
 
 def test_an_offloaded_base(tmp_path):
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     model, x, out, _ = adapted("two layers")
     model.save_pretrained(tmp_path)
     base, _, plain, config = build("two layers")
