@@ -139,7 +139,7 @@ def _check_start(found: Mapping[str, core.AuroraLinear], ridge: float, chunk: in
 
 def _fixed(layer: core.AuroraLinear) -> bool:
     """Whether the projections stay as they are set, and only the nonlinear layer trains."""
-    return layer.config.projections == "fixed"
+    return bool(layer.config.projections == "fixed")
 
 
 def _in_parts(
