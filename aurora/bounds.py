@@ -44,7 +44,11 @@ class Certificate:
         """All bounds by name: "value of channel 0", "jacobian", "output", "lipschitz", "gradient of A", ..."""
         values = {f"value of channel {j}": v for j, v in enumerate(self.value.tolist())}
         norms = {"jacobian": self.jacobian, "output": self.output, "lipschitz": self.lipschitz}
-        return values | norms | {f"gradient of {name}": bound for name, bound in self.gradients.items()}
+        return (
+            values
+            | norms
+            | {f"gradient of {name}": bound for name, bound in self.gradients.items()}
+        )
 
 
 # --- Splines: exact suprema (docs/theory.md, section 2) -------------------------------------------------------------
@@ -55,22 +59,31 @@ def _pieces(k: int) -> Tensor:
     """The uniform B-spline of order k on its k + 1 cells, by Bernstein coefficients: (cell, coefficient), float64."""
 
     def coefficient(cell: int, j: int) -> float:
-        terms = ((-1) ** i * math.comb(k + 1, i) * (cell - i) ** (k - j) * (cell - i + 1) ** j for i in range(cell + 1))
+        terms = (
+            (-1) ** i * math.comb(k + 1, i) * (cell - i) ** (k - j) * (cell - i + 1) ** j
+            for i in range(cell + 1)
+        )
         return float(sum(terms)) / math.factorial(k)  # integers until here, so exact
 
-    return torch.tensor([[coefficient(m, j) for j in range(k + 1)] for m in range(k + 1)], dtype=torch.float64)
+    return torch.tensor(
+        [[coefficient(m, j) for j in range(k + 1)] for m in range(k + 1)], dtype=torch.float64
+    )
 
 
 def _control_points(weights: Tensor, k: int) -> Tensor:
     """(r, n) weights of order k -> (cells, k + 1, r): on each cell the curve lies in the hull of its control points."""
-    windows = F.pad(weights, (k, k)).unfold(-1, k + 1, 1)  # (r, cells, k + 1): the bases that live on each cell
+    windows = F.pad(weights, (k, k)).unfold(
+        -1, k + 1, 1
+    )  # (r, cells, k + 1): the bases that live on each cell
     return torch.einsum("rca,aj->cjr", windows, _pieces(k).flip(0))
 
 
 def _halve(points: Tensor) -> Tensor:
     """De Casteljau: the control points of both halves of every cell, (cells, m, r) -> (2 cells, m, r)."""
     m = points.shape[1]
-    left = torch.tensor([[math.comb(j, i) / 2**j for i in range(m)] for j in range(m)], dtype=torch.float64)
+    left = torch.tensor(
+        [[math.comb(j, i) / 2**j for i in range(m)] for j in range(m)], dtype=torch.float64
+    )
     return torch.einsum("hij,cjr->chir", torch.stack([left, left.flip(0, 1)]), points).flatten(0, 1)
 
 
@@ -94,7 +107,9 @@ def _supremum(points: Tensor, size: Callable[[Tensor], Tensor]) -> float:
 def _norm(x: Tensor) -> Tensor:
     """Euclidean norm over the last dimension, scaled first: squares of denormal numbers would vanish."""
     largest = x.abs().amax(-1, keepdim=True)
-    norms: Tensor = largest * torch.linalg.vector_norm(x / largest.clamp(min=5e-324), dim=-1, keepdim=True)
+    norms: Tensor = largest * torch.linalg.vector_norm(
+        x / largest.clamp(min=5e-324), dim=-1, keepdim=True
+    )
     return norms.squeeze(-1)
 
 
@@ -121,7 +136,9 @@ def _slopes(activation: str, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]
 def _check(tensors: Mapping[str, Tensor]) -> None:
     for name, t in tensors.items():
         if t.is_meta or not t.isfinite().all():
-            raise ValueError(f"{name} holds {'no values' if t.is_meta else 'NaN or infinity'}, so nothing bounds it")
+            raise ValueError(
+                f"{name} holds {'no values' if t.is_meta else 'NaN or infinity'}, so nothing bounds it"
+            )
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
@@ -154,7 +171,9 @@ class _Layer:
 
     def __init__(self, module: core.ANL | core.AuroraLinear, x: float) -> None:
         linear = module if isinstance(module, core.AuroraLinear) else None
-        parameters = dict(module.named_parameters()) if linear is None else linear.adapter_parameters()
+        parameters = (
+            dict(module.named_parameters()) if linear is None else linear.adapter_parameters()
+        )
         _check(parameters)
         own = {name.rpartition(".")[2]: p.detach().cpu().double() for name, p in parameters.items()}
         self.config = c = module.config
@@ -168,18 +187,27 @@ class _Layer:
         self.summed = c.spline == "summed"
         # |z_i| is at most radius_i, |activation(z_i)| at most reach_i.
         self.radius = (
-            self.A.abs().amax(1) if self.static else _times(_norm(self.A), torch.tensor(x, dtype=torch.float64))
+            self.A.abs().amax(1)
+            if self.static
+            else _times(_norm(self.A), torch.tensor(x, dtype=torch.float64))
         )
-        self.reach = torch.maximum(self.activate(-self.radius).abs(), self.activate(self.radius).abs())
+        self.reach = torch.maximum(
+            self.activate(-self.radius).abs(), self.activate(self.radius).abs()
+        )
 
     def bases(self, z: Tensor) -> Tensor:
         """All basis functions at z (...) -> (n, ...), from the Bernstein form: slow, and independent of core."""
         c, k = self.config, self.config.spline_order
         cells = (z - c.grid_range[0]) * c.cells_per_unit + k
-        t = cells.unsqueeze(0) - torch.arange(c.grid_size + k, dtype=z.dtype).view(-1, *[1] * z.dim())
+        t = cells.unsqueeze(0) - torch.arange(c.grid_size + k, dtype=z.dtype).view(
+            -1, *[1] * z.dim()
+        )
         cell, inside = t.floor().clamp(0, k), (t >= 0) & (t < k + 1)
         u = torch.where(inside, t - cell, 0.0)
-        terms = (math.comb(k, j) * u**j * (1 - u) ** (k - j) * _pieces(k)[cell.long(), j] for j in range(k + 1))
+        terms = (
+            math.comb(k, j) * u**j * (1 - u) ** (k - j) * _pieces(k)[cell.long(), j]
+            for j in range(k + 1)
+        )
         return torch.where(inside, sum(terms, torch.zeros_like(t)), 0.0)
 
     def sigma(self, z: Tensor) -> Tensor:
@@ -194,8 +222,13 @@ class _Layer:
         count = self.config.rank if self.summed else 1
         ends = []
         for sign in (1.0, -1.0):
-            best = [_supremum(sign * points[..., j : j + 1], lambda p: p.squeeze(-1)) for j in range(self.config.rank)]
-            top = torch.where(sign * self.H > 0, self.activate(self.radius), self.activate(-self.radius))
+            best = [
+                _supremum(sign * points[..., j : j + 1], lambda p: p.squeeze(-1))
+                for j in range(self.config.rank)
+            ]
+            top = torch.where(
+                sign * self.H > 0, self.activate(self.radius), self.activate(-self.radius)
+            )
             fixed = sign * self.activate(_times(self.H, top).sum(1)) if self.fixed else 0.0
             ends.append(fixed + count * torch.tensor(best, dtype=torch.float64))
         return torch.maximum(*ends)
@@ -205,7 +238,9 @@ class _Layer:
         differences = torch.diff(F.pad(self.w, (1, 1))) * self.config.cells_per_unit
         if self.config.spline_order == 1:
             # S' jumps at the knots, and next to one rounding may put each of the three bases that meet on another side.
-            differences = F.pad(self.w.abs(), (2, 2)).unfold(-1, 3, 1).sum(-1) * self.config.cells_per_unit
+            differences = (
+                F.pad(self.w.abs(), (2, 2)).unfold(-1, 3, 1).sum(-1) * self.config.cells_per_unit
+            )
         return _control_points(differences, self.config.spline_order - 1)
 
     def jacobian(self) -> float:
@@ -216,7 +251,9 @@ class _Layer:
         else:
             spline = _supremum(points.movedim(-1, 0).reshape(-1, points.shape[1], 1), _norm)
         apart = self.slope**2 * float(torch.linalg.matrix_norm(self.H, 2)) + spline
-        return apart if self.config.spline_order == 1 else min(apart, self.jacobian_by_columns(points))
+        return (
+            apart if self.config.spline_order == 1 else min(apart, self.jacobian_by_columns(points))
+        )
 
     def jacobian_by_columns(self, points: Tensor) -> float:
         """sqrt(sum_i sup_t |column i|^2): column i of J depends on t = z_i alone but for the outer slopes' range."""
@@ -224,17 +261,27 @@ class _Layer:
         for _ in range(6):  # 64 intervals per cell: the loss is then below a percent
             points = _halve(points)
         # Beyond the support S' is 0; its two intervals are unbounded.
-        low, high = (F.pad(p, (1, 1)) for p in (points.amin(1).t(), points.amax(1).t()))  # (r, intervals)
+        low, high = (
+            F.pad(p, (1, 1)) for p in (points.amin(1).t(), points.amax(1).t())
+        )  # (r, intervals)
         margin = c.spline_order / c.cells_per_unit
-        inner = torch.linspace(c.grid_range[0] - margin, c.grid_range[1] + margin, len(points) + 1, dtype=points.dtype)
+        inner = torch.linspace(
+            c.grid_range[0] - margin, c.grid_range[1] + margin, len(points) + 1, dtype=points.dtype
+        )
         edges = F.pad(F.pad(inner, (1, 0), value=-math.inf), (0, 1), value=math.inf)
         inner_low, inner_high = _slopes(c.activation, edges[:-1], edges[1:])
         total = 0.0
         for i, h in enumerate(self.H.t().unsqueeze(-1)):  # h (r, 1)
-            others = _times(self.H, self.reach.index_fill(0, torch.tensor(i), 0)).abs().sum(1, keepdim=True)
+            others = (
+                _times(self.H, self.reach.index_fill(0, torch.tensor(i), 0))
+                .abs()
+                .sum(1, keepdim=True)
+            )
             u = _times(h, self.activate(edges))
             ends = torch.stack([u[:, :-1], u[:, 1:]])
-            outer_low, outer_high = _slopes(c.activation, ends.amin(0) - others, ends.amax(0) + others)
+            outer_low, outer_high = _slopes(
+                c.activation, ends.amin(0) - others, ends.amax(0) + others
+            )
             fixed = torch.stack([h * outer_low * inner_low, h * outer_high * inner_high])
             here = 1.0 if self.summed else (torch.arange(c.rank) == i).double().unsqueeze(1)
             extreme = torch.maximum(fixed.amax(0) + here * high, -(fixed.amin(0) + here * low))
@@ -249,7 +296,11 @@ class _Layer:
             sigma, bases = self.sigma(self.A), self.bases(self.A)
             spread, image = (float(torch.linalg.matrix_norm(p, 2)) for p in (sigma, self.B @ sigma))
             inner = float(torch.linalg.matrix_norm(self.activate(self.A), 2))
-            basis = float(torch.linalg.matrix_norm(bases.sum(1) if self.summed else bases.movedim(1, 0), 2).max())
+            basis = float(
+                torch.linalg.matrix_norm(
+                    bases.sum(1) if self.summed else bases.movedim(1, 0), 2
+                ).max()
+            )
         else:
             spread, inner = float(_norm(value)), float(_norm(self.reach))
             image = _product(up, spread)
@@ -268,17 +319,31 @@ class _Layer:
         distance = 2 * max(abs(end) for end in c.grid_range) * c.cells_per_unit + 3 * k
         terms = [(math.comb(k + 1, i), (k + 1) / 2 - i) for i in range(k // 2 + 1)]
         bump, steep = (sum(b * t**p for b, t in terms) / math.factorial(p) for p in (k, k - 1))
-        row = (self.w.abs() + math.factorial(k) * tiny).sum(1)  # the weights are multiplied by binomials over k! first
+        row = (self.w.abs() + math.factorial(k) * tiny).sum(
+            1
+        )  # the weights are multiplied by binomials over k! first
         count, absolute, reach = r if self.summed else 1, self.H.abs() + tiny, self.reach + tiny
-        value = row * count * (bump + distance) + (1 + _times(absolute, reach).sum(1) if self.fixed else 0)
-        outer = self.slope * (1 + self.slope * _times(absolute, reach.clamp(max=1)).sum(1, keepdim=True))
+        value = row * count * (bump + distance) + (
+            1 + _times(absolute, reach).sum(1) if self.fixed else 0
+        )
+        outer = self.slope * (
+            1 + self.slope * _times(absolute, reach.clamp(max=1)).sum(1, keepdim=True)
+        )
         spline = math.sqrt(count) * c.cells_per_unit * (steep + 2 * distance) * float(_norm(row))
         spread, up = columns * float(_norm(value)), float(_norm(self.B.flatten()))
-        inner, basis = columns * float(_norm(reach)), columns * count * len(self.w[0]) * (bump + distance)
-        jacobian, down = float(_norm((outer * absolute).flatten())) + spline, float(_norm(self.A.flatten()))
+        inner, basis = (
+            columns * float(_norm(reach)),
+            columns * count * len(self.w[0]) * (bump + distance),
+        )
+        jacobian, down = (
+            float(_norm((outer * absolute).flatten())) + spline,
+            float(_norm(self.A.flatten())),
+        )
         return _Constants(value, jacobian, spread, _product(up, spread), inner, basis, down, up)
 
-    def compose(self, c: _Constants, x: float, upstream: float, times: Callable[..., float]) -> Certificate:
+    def compose(
+        self, c: _Constants, x: float, upstream: float, times: Callable[..., float]
+    ) -> Certificate:
         """The bounds as products of the constants; with q = s B^t g, the gradient that arrives at sigma's output."""
         s, once = self.scaling, x if self.static else 1.0
         q = (s, c.up, upstream)
@@ -298,7 +363,9 @@ def _product(*factors: float) -> float:
     return 0.0 if 0.0 in factors else math.prod(factors)
 
 
-def certify(module: core.ANL | core.AuroraLinear, x: float = math.inf, upstream: float = 1.0) -> Certificate:
+def certify(
+    module: core.ANL | core.AuroraLinear, x: float = math.inf, upstream: float = 1.0
+) -> Certificate:
     """Bounds for inputs whose rows have norm at most `x` and an upstream gradient of norm `upstream`.
 
     Of several rows, `upstream` is the sum of the norms of the rows' gradients: gradients of parameters add up over
@@ -315,7 +382,11 @@ def certify(module: core.ANL | core.AuroraLinear, x: float = math.inf, upstream:
 
 
 def allowance(
-    module: core.ANL | core.AuroraLinear, x: float, upstream: float, dtype: torch.dtype, rows: int = 1
+    module: core.ANL | core.AuroraLinear,
+    x: float,
+    upstream: float,
+    dtype: torch.dtype,
+    rows: int = 1,
 ) -> Certificate:
     """How far arithmetic in `dtype`, gradients summed over `rows`, may exceed `certify`: docs/theory.md, section 5.
 
@@ -324,18 +395,27 @@ def allowance(
     """
     wide, info = torch.float64 if dtype == torch.float64 else torch.float32, torch.finfo(dtype)
     layer = _Layer(module, x)
-    summands = layer.config.rank * (layer.w.shape[1] + 1) + sum(layer.B.shape) + layer.config.spline_order + rows
+    summands = (
+        layer.config.rank * (layer.w.shape[1] + 1)
+        + sum(layer.B.shape)
+        + layer.config.spline_order
+        + rows
+    )
     unit = 16 * info.eps + summands * torch.finfo(wide).eps
 
     def times(*factors: float) -> float:
         largest = math.prod(max(1.0, f) for f in factors)
         # A product that underflows is off by eps * tiny, which the factors after it magnify.
-        return unit * (_product(*factors) + info.tiny * largest) if largest <= info.max else math.inf
+        return (
+            unit * (_product(*factors) + info.tiny * largest) if largest <= info.max else math.inf
+        )
 
     magnitudes = layer.magnitudes(info.tiny)
     limited = magnitudes.value.where(magnitudes.value <= info.max, math.inf)
     bounds = layer.compose(magnitudes, x, upstream, times)
-    return dataclasses.replace(bounds, value=unit * (limited + info.tiny), jacobian=times(magnitudes.jacobian))
+    return dataclasses.replace(
+        bounds, value=unit * (limited + info.tiny), jacobian=times(magnitudes.jacobian)
+    )
 
 
 # --- A model ----------------------------------------------------------------------------------------------------------
@@ -365,10 +445,18 @@ def _leaves(output: Any) -> Iterator[Tensor]:
 def _measure(model: nn.Module, inputs: Any) -> list[tuple[str, _Measured]]:
     """The calls of adapted layers in one forward and backward pass in evaluation mode, from random cotangents."""
     layers = {name: layer for name, layer in core.layers(model).items() if layer.enabled}
-    _check({f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.adapter_parameters().items()})
+    _check(
+        {
+            f"{name}.{key}": p
+            for name, layer in layers.items()
+            for key, p in layer.adapter_parameters().items()
+        }
+    )
     calls: list[tuple[str, Tensor, Tensor]] = []
 
-    def record(name: str, layer: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], out: Tensor) -> Tensor:
+    def record(
+        name: str, layer: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], out: Tensor
+    ) -> Tensor:
         calls.append((name, training.layer_input(args, named).detach().clone(), out))
         return out.clone()  # what the model then does in place leaves the recorded tensor alone
 
@@ -377,18 +465,29 @@ def _measure(model: nn.Module, inputs: Any) -> list[tuple[str, _Measured]]:
         undo.enter_context(torch.enable_grad())
         undo.enter_context(training.evaluating(model))
         for name, layer in layers.items():
-            undo.callback(layer.register_forward_hook(functools.partial(record, name), with_kwargs=True).remove)
+            undo.callback(
+                layer.register_forward_hook(
+                    functools.partial(record, name), with_kwargs=True
+                ).remove
+            )
         ends = [end for end in _leaves(training.call(model, inputs)) if end.requires_grad]
         made = [(name, x, out) for name, x, out in calls if out.requires_grad and x.numel()]
         if not ends or not made:
-            raise ValueError("no output depends on an adapter that ran; give the model itself, not a compiled one")
+            raise ValueError(
+                "no output depends on an adapter that ran; give the model itself, not a compiled one"
+            )
         random = torch.Generator().manual_seed(0)
         cotangents = [torch.randn(end.shape, generator=random).to(end) for end in ends]
         # Not backward(): it would write .grad, and wake whoever waits for it.
-        grads = torch.autograd.grad(ends, [out for *_, out in made], cotangents, materialize_grads=True)
+        grads = torch.autograd.grad(
+            ends, [out for *_, out in made], cotangents, materialize_grads=True
+        )
         for (name, x, _), grad in zip(made, grads, strict=True):
             _check({f"the input of {name}": x, f"the gradient that reaches {name}": grad})
-        return [(name, _norms(layers[name], x, grad)) for (name, x, _), grad in zip(made, grads, strict=True)]
+        return [
+            (name, _norms(layers[name], x, grad))
+            for (name, x, _), grad in zip(made, grads, strict=True)
+        ]
 
 
 def _norms(layer: core.AuroraLinear, x: Tensor, upstream: Tensor) -> _Measured:
@@ -397,19 +496,35 @@ def _norms(layer: core.AuroraLinear, x: Tensor, upstream: Tensor) -> _Measured:
     def by_row(x: Tensor) -> Tensor:
         return _norm(x.detach().cpu().double().reshape(-1, x.shape[-1]))
 
-    leaves = {"x": x.requires_grad_()} | {n: p for n, p in layer.adapter_parameters().items() if p.requires_grad}
-    with layer.base.register_forward_hook(lambda base, args, out: torch.zeros_like(out)):
-        change = layer(x)
+    leaves = {"x": x.requires_grad_()} | {
+        n: p for n, p in layer.adapter_parameters().items() if p.requires_grad
+    }
+    change = layer.add_adapter(torch.zeros_like(upstream), x)
     norms = {"output": float(by_row(change).max())}
     grads = torch.autograd.grad(change, list(leaves.values()), upstream, materialize_grads=True)
     for name, grad in zip(leaves, grads, strict=True):
-        norms[f"gradient of {name}"] = float(by_row(grad).sum() if name == "x" else by_row(grad.flatten()))
-    z = layer.A.t() if layer.config.mode == "static" else x.reshape(-1, layer.in_features) @ layer.A.t().to(x.dtype)
+        norms[f"gradient of {name}"] = float(
+            by_row(grad).sum() if name == "x" else by_row(grad.flatten())
+        )
+    z = (
+        layer.A.t()
+        if layer.config.mode == "static"
+        else x.reshape(-1, layer.in_features) @ layer.A.t().to(x.dtype)
+    )
     sigma = layer.anl(z := z.detach().requires_grad_())
-    rows = [torch.autograd.grad(channel.sum(), z, retain_graph=True)[0] for channel in sigma.unbind(-1)]
-    norms["jacobian"] = float(torch.linalg.matrix_norm(torch.stack(rows, 1).cpu().double(), 2).max())
-    norms |= {f"value of channel {j}": v for j, v in enumerate(sigma.detach().abs().amax(0).tolist())}
-    coarsest, sizes = max((x.dtype, upstream.dtype), key=lambda dtype: torch.finfo(dtype).eps), by_row(x)
+    rows = [
+        torch.autograd.grad(channel.sum(), z, retain_graph=True)[0] for channel in sigma.unbind(-1)
+    ]
+    norms["jacobian"] = float(
+        torch.linalg.matrix_norm(torch.stack(rows, 1).cpu().double(), 2).max()
+    )
+    norms |= {
+        f"value of channel {j}": v for j, v in enumerate(sigma.detach().abs().amax(0).tolist())
+    }
+    coarsest, sizes = (
+        max((x.dtype, upstream.dtype), key=lambda dtype: torch.finfo(dtype).eps),
+        by_row(x),
+    )
     return _Measured(float(sizes.max()), float(by_row(upstream).sum()), len(sizes), coarsest, norms)
 
 
@@ -459,7 +574,10 @@ class BoundsReport:
         titles = ("Jacobian", "at start", "measured", "tightness", "output", "measured")
         lines = [f"{'layer':<{width}} " + " ".join(f"{title:>9}" for title in titles)]
         for name, *cells in self.rows:
-            lines.append(f"{name:<{width}} " + " ".join(f"{'-' if c is None else f'{c:.3g}':>9}" for c in cells))
+            lines.append(
+                f"{name:<{width}} "
+                + " ".join(f"{'-' if c is None else f'{c:.3g}':>9}" for c in cells)
+            )
         return "\n".join(lines)
 
     def plot(self, axes: Any = None) -> Any:
@@ -468,11 +586,19 @@ class BoundsReport:
             try:
                 from matplotlib import pyplot
             except ImportError as error:
-                raise ImportError('drawing needs matplotlib: pip install "aurora-adapters[benchmarks]"') from error
-            axes = pyplot.subplots(figsize=(8, 1.5 + 0.25 * len(self.rows)), layout="constrained")[1]
+                raise ImportError(
+                    'drawing needs matplotlib: pip install "aurora-adapters[benchmarks]"'
+                ) from error
+            axes = pyplot.subplots(figsize=(8, 1.5 + 0.25 * len(self.rows)), layout="constrained")[
+                1
+            ]
         names = [row.name for row in self.rows][::-1]
-        axes.barh(names, [row.jacobian for row in self.rows][::-1], color="lightgray", label="certified")
-        axes.plot([row.initial for row in self.rows][::-1], names, "k|", label="certified, at the start")
+        axes.barh(
+            names, [row.jacobian for row in self.rows][::-1], color="lightgray", label="certified"
+        )
+        axes.plot(
+            [row.initial for row in self.rows][::-1], names, "k|", label="certified, at the start"
+        )
         axes.plot([row.measured for row in self.rows][::-1], names, "o", label="measured")
         axes.set_xlabel("norm of the Jacobian of sigma")
         axes.legend()
@@ -484,7 +610,9 @@ def _initial(config: core.AuroraConfig) -> float:
     """The certified Jacobian at the start: the median over 25 fresh layers, without touching the random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return statistics.median(certify(core.ANL(config, device="cpu")).jacobian for _ in range(25))
+        return statistics.median(
+            certify(core.ANL(config, device="cpu")).jacobian for _ in range(25)
+        )
 
 
 def report_bounds(model: nn.Module, inputs: Any = None) -> BoundsReport:
@@ -497,8 +625,14 @@ def report_bounds(model: nn.Module, inputs: Any = None) -> BoundsReport:
     for name, layer in core.layers(model).items():
         calls = [call for called, call in seen if called == name]
         certified = certify(layer, max((call.x for call in calls), default=math.inf))
-        measured, output = (max((c.norms[q] for c in calls), default=None) for q in ("jacobian", "output"))
+        measured, output = (
+            max((c.norms[q] for c in calls), default=None) for q in ("jacobian", "output")
+        )
         tightness = None if measured is None else measured / (certified.jacobian or 1.0)
         initial = _initial(layer.config)
-        rows.append(LayerBounds(name, certified.jacobian, initial, measured, tightness, certified.output, output))
+        rows.append(
+            LayerBounds(
+                name, certified.jacobian, initial, measured, tightness, certified.output, output
+            )
+        )
     return BoundsReport(rows)

@@ -50,7 +50,9 @@ class Moments:
         mean = rows.mean(0)
         centred = rows - mean
         total, shift = self.count + len(rows), mean - self.mean
-        self.scatter += centred.t() @ centred + torch.outer(shift, shift) * (self.count * len(rows) / total)
+        self.scatter += centred.t() @ centred + torch.outer(shift, shift) * (
+            self.count * len(rows) / total
+        )
         self.mean += shift * (len(rows) / total)
         self.count = total
 
@@ -96,7 +98,9 @@ def _expand(anl: core.ANL, at: Tensor) -> tuple[Tensor, Tensor]:
     return anl(point).detach().cpu(), jacobian.detach().cpu()
 
 
-def fit(layer: core.AuroraLinear, method: str, moments: Moments | None, constant: bool = True) -> Affine:
+def fit(
+    layer: core.AuroraLinear, method: str, moments: Moments | None, constant: bool = True
+) -> Affine:
     """The affine stand-in for a layer's sigma by a method; without `constant`, c = 0.
 
     "calibrated" is least squares. Directions of z that the data do not show, up to rounding, keep the first-order slope
@@ -114,14 +118,18 @@ def fit(layer: core.AuroraLinear, method: str, moments: Moments | None, constant
     if method == "linear":
         return Affine(slope, zero, value - slope @ at if constant else none)
     if method != "calibrated" or moments is None:
-        raise ValueError(f'method must be one of {", ".join(METHODS)}, and "calibrated" needs batches; got {method!r}')
+        raise ValueError(
+            f'method must be one of {", ".join(METHODS)}, and "calibrated" needs batches; got {method!r}'
+        )
     second = moments.second(about_mean=constant)
     # Least squares for what the slope leaves over, with the pseudo-inverse: 0 where z does not vary.
     scale = second[:r, :r].diagonal().amax().clamp(min=torch.finfo(torch.float64).tiny)
     inverse = torch.linalg.pinv(second[:r, :r] / scale, rtol=1e-10, hermitian=True) / scale
     M = slope + (second[r : 2 * r, :r] - slope @ second[:r, :r]) @ inverse
     fitted = Affine(M, zero, moments.mean[r : 2 * r] - M @ moments.mean[:r] if constant else none)
-    return min(fitted, static, key=lambda affine: affine.error(moments, layer.B.detach().cpu().double()))
+    return min(
+        fitted, static, key=lambda affine: affine.error(moments, layer.B.detach().cpu().double())
+    )
 
 
 # --- Running the model over batches ----------------------------------------------------------------------------------
@@ -139,14 +147,23 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Moments]:
     mask: Tensor | None = None
 
     def watch(layer: core.AuroraLinear, name: str) -> Callable[..., None]:
-        size = max(1, 4096 // layer.config.rank)  # rows at a time: what is held for a moment stays below a megabyte
-        static = torch.cat([layer.anl(part) for part in torch.split(layer.A.t(), size)]).t()  # (r, in_features)
+        size = max(
+            1, 4096 // layer.config.rank
+        )  # rows at a time: what is held for a moment stays below a megabyte
+        static = torch.cat(
+            [layer.anl(part) for part in torch.split(layer.A.t(), size)]
+        ).t()  # (r, in_features)
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             x = training.layer_input(inputs, named)
-            kept = mask.bool().flatten() if mask is not None and x.shape[:-1] == mask.shape else None
+            kept = (
+                mask.bool().flatten() if mask is not None and x.shape[:-1] == mask.shape else None
+            )
             for i, part in enumerate(torch.split(x.reshape(-1, layer.in_features), size)):
-                z, u = (nn.functional.linear(part, matrix.to(part.dtype)) for matrix in (layer.A, static))
+                z, u = (
+                    nn.functional.linear(part, matrix.to(part.dtype))
+                    for matrix in (layer.A, static)
+                )
                 rows = torch.cat([z, u if layer.config.mode == "static" else layer.anl(z), u], 1)
                 found[name].add(rows if kept is None else rows[kept[i * size : (i + 1) * size]])
 
@@ -154,16 +171,22 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Moments]:
 
     with torch.no_grad(), training.evaluating(model), contextlib.ExitStack() as undo:
         for name, layer in layers.items():
-            undo.callback(layer.register_forward_pre_hook(watch(layer, name), with_kwargs=True).remove)
+            undo.callback(
+                layer.register_forward_pre_hook(watch(layer, name), with_kwargs=True).remove
+            )
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             mask = mask if mask is not None and mask.dim() == 2 else None
             training.call(model, batch)
     for name, moments in found.items():
         if not moments.count:
-            raise ValueError(f"{name} never ran on the batches, so there is nothing to calibrate it with")
+            raise ValueError(
+                f"{name} never ran on the batches, so there is nothing to calibrate it with"
+            )
         if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
-            raise ValueError(f"{name} saw NaN or infinity on the batches; check them, or the adapter")
+            raise ValueError(
+                f"{name} saw NaN or infinity on the batches; check them, or the adapter"
+            )
     return found
 
 
@@ -211,9 +234,14 @@ class MergeReport:
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
-        lines = [f"{'layer':<{width}} {'merged by':>10} {'rounding':>9}" + "".join(f"{m:>12}" for m in METHODS)]
+        lines = [
+            f"{'layer':<{width}} {'merged by':>10} {'rounding':>9}"
+            + "".join(f"{m:>12}" for m in METHODS)
+        ]
         for layer in self.layers:
-            errors = "".join(f"{layer.errors[m]:12.2%}" if m in layer.errors else f"{'-':>12}" for m in METHODS)
+            errors = "".join(
+                f"{layer.errors[m]:12.2%}" if m in layer.errors else f"{'-':>12}" for m in METHODS
+            )
             line = f"{layer.name:<{width}} {layer.method or 'dynamic':>10} {layer.rounding:9.1e}{errors}"
             lines.append(line + (" + bias" if layer.bias else ""))
         done = f"{len(self.merged)} of {len(self.layers)} layers merged; errors are relative"
@@ -226,13 +254,25 @@ class MergeReport:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError('drawing needs matplotlib: pip install "aurora-adapters[benchmarks]"') from error
+            raise ImportError(
+                'drawing needs matplotlib: pip install "aurora-adapters[benchmarks]"'
+            ) from error
         figure = Figure(figsize=(max(6.0, 0.4 * len(self.layers)), 4.5), layout="constrained")
         axes = figure.subplots()
         for i, method in enumerate(METHODS):
             places = [j + 0.27 * (i - 1) for j in range(len(self.layers))]
-            axes.bar(places, [layer.errors.get(method, math.nan) for layer in self.layers], 0.27, label=method)
-        axes.set_xticks(range(len(self.layers)), [layer.name for layer in self.layers], rotation=90, fontsize="x-small")
+            axes.bar(
+                places,
+                [layer.errors.get(method, math.nan) for layer in self.layers],
+                0.27,
+                label=method,
+            )
+        axes.set_xticks(
+            range(len(self.layers)),
+            [layer.name for layer in self.layers],
+            rotation=90,
+            fontsize="x-small",
+        )
         axes.set(ylabel="relative error of the adapter's output", yscale="log")
         axes.legend()
         figure.savefig(path)
@@ -243,10 +283,10 @@ class _Undo:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, core.AuroraLinear]) -> None:
         self.model, self.layers = model, dict(layers)
-        self.tensors = {name: (layer.base.weight, _bias(layer.base)) for name, layer in layers.items()}
+        self.adapters = {name: (layer.A, layer.B, layer.anl) for name, layer in layers.items()}
+        self.tensors = {name: (layer.weight, _bias(layer)) for name, layer in layers.items()}
         self.requires_grad = {p: p.requires_grad for p in model.parameters()}
-        kept = ("_aurora_train", "_aurora_requires_grad")
-        self.marks = [(m, {k: m.__dict__[k].copy() for k in kept if k in m.__dict__}) for m in model.modules()]
+        self.notes = [(m, m.__dict__.get("_aurora")) for m in model.modules()]
         self.written: dict[str, list[Any]] = {}  # what `seen` said of each base right after
 
     @staticmethod
@@ -258,24 +298,31 @@ class _Undo:
 
     def __call__(self) -> None:
         present = set(self.model.modules())
-        adapted = {m.base for m in present if isinstance(m, core.AuroraLinear)}
         for name, written in self.written.items():
-            base: Any = self.layers[name].base
-            if base not in present or base in adapted or self.seen(base) != written:
-                raise ValueError(f"{name} is no longer as the merge left it, so the merge cannot be undone")
+            base: Any = self.layers[name]
+            if (
+                base not in present
+                or isinstance(base, core.AuroraLinear)
+                or self.seen(base) != written
+            ):
+                raise ValueError(
+                    f"{name} is no longer as the merge left it, so the merge cannot be undone"
+                )
         if not self.written:
             raise ValueError("the merge is undone already, or merged nothing")
-        for name in self.written:
-            base, (weight, bias) = self.layers[name].base, self.tensors[name]
-            base.weight = weight
-            if "bias" in base._parameters:
-                base.bias = bias
-            self.layers[name].train(base.training)
-        core.swap(self.model, {self.layers[name].base: self.layers[name] for name in self.written})
-        for p, required in self.requires_grad.items():
-            p.requires_grad_(required)
-        for module, marks in self.marks:
-            module.__dict__.update(marks)
+        with core.unchanged_on_error(self.model):
+            for name in self.written:
+                base, (weight, bias) = self.layers[name], self.tensors[name]
+                base._parameters["weight"] = weight
+                if "bias" in base._parameters:
+                    base._parameters["bias"] = bias
+                A, B, anl = self.adapters[name]
+                core.attach(base, {"A": A, "B": B, "anl": anl.train(base.training)})
+            for p, required in self.requires_grad.items():
+                p.requires_grad_(required)
+            for module, note in self.notes:
+                if note is not None:
+                    module._aurora = note
         self.written = {}
 
 
@@ -306,45 +353,48 @@ def merge(
     """
     layers = core.layers(model)
     if method not in METHODS or (method == "calibrated" and batches is None):
-        raise ValueError(f'method must be one of {", ".join(METHODS)}, and "calibrated" needs batches; got {method!r}')
+        raise ValueError(
+            f'method must be one of {", ".join(METHODS)}, and "calibrated" needs batches; got {method!r}'
+        )
     if tolerance is not None and (batches is held_out is None or not tolerance >= 0):
-        raise ValueError(f"tolerance must be at least 0 and needs batches to measure errors on, got {tolerance}")
+        raise ValueError(
+            f"tolerance must be at least 0 and needs batches to measure errors on, got {tolerance}"
+        )
     core.check_mergeable(model, layers)
-    for name, layer in layers.items():
-        if not computes_linear(layer):
-            raise ValueError(
-                f"{name}, a {type(layer.base).__name__}, computes more than x W^T + b: a merge would differ"
-            )
     seen, judged = _moments(model, batches, held_out)
 
     chosen: dict[str, tuple[Tensor, Tensor | None]] = {}
     rows = []
     for name, layer in layers.items():
         # A layer whose class knows no bias would not apply one.
-        constant = _bias(layer.base) is not None or (bias and "bias" in layer.base._parameters)
-        fits = {m: fit(layer, m, seen.get(name), constant) for m in (METHODS if name in seen else (method,))}
+        constant = _bias(layer) is not None or (bias and "bias" in layer._parameters)
+        fits = {
+            m: fit(layer, m, seen.get(name), constant)
+            for m in (METHODS if name in seen else (method,))
+        }
         B = layer.B.detach().cpu().double()
         errors = {m: f.error(judged[name], B) for m, f in fits.items()} if name in judged else {}
         if tolerance is not None and errors[method] > tolerance:
             rows.append(MergedLayer(name, errors, None, False, 0.0))
             continue
         weight, offset, rounding = merged_tensors(name, layer, fits[method])
-        gains = _bias(layer.base) is None and offset is not None
+        gains = _bias(layer) is None and offset is not None
         chosen[name] = (weight, offset)
         rows.append(MergedLayer(name, errors, method, gains, rounding))
 
     undo = _Undo(model, layers)  # nothing above has touched the model, and nothing below can fail
     for name, (weight, offset) in chosen.items():
-        base: Any = layers[name].base
+        base: Any = layers[name]
         base.weight = nn.Parameter(weight, base.weight.requires_grad)
         if offset is not None:
             if _bias(base) is None:  # it was not there when `inject` noted what required a gradient
-                notes = base.__dict__.get("_aurora_requires_grad", {})
-                notes["bias"] = notes.get("weight", False)
+                note = base._aurora
+                needed = {**note.requires_grad, "bias": note.requires_grad.get("weight", False)}
+                base._aurora = note._replace(requires_grad=needed)
             base.bias = nn.Parameter(offset, base.weight.requires_grad)
     if chosen:
         core.remove(model, [layers[name] for name in chosen])
-    undo.written = {name: undo.seen(layers[name].base) for name in chosen}
+    undo.written = {name: undo.seen(layers[name]) for name in chosen}
     return MergeReport(rows, undo)
 
 
@@ -364,38 +414,23 @@ def _moments(
     return collect(model, fitted), collect(model, itertools.islice(given, 1, None, 4))
 
 
-def computes_linear(layer: core.AuroraLinear) -> bool:
-    """Whether the base, called, is `x W^T + b` with its weight and bias, as far as one input (1, in_features) shows.
-
-    A subclass, a mask or a hook may do otherwise. Up to 5%, as half precision and reduced-precision products round.
-    """
-    W: Any = layer.base.weight
-    x = torch.arange(1.0, 1 + layer.in_features, device=W.device).cos().to(W.dtype).unsqueeze(0)
-    W = _turned(layer, W)
-    if W.shape != (layer.out_features, layer.in_features):
-        return False
-    wanted = nn.functional.linear(x, W, _bias(layer.base))
-    return not (layer.base(x) - wanted).norm() > 0.05 * wanted.norm()  # NaN is another check's
-
-
-def _turned(layer: core.AuroraLinear, matrix: Tensor) -> Tensor:
-    """A matrix (out_features, in_features) as the base stores its weight, or back: GPT-2's Conv1D has it transposed."""
-    return matrix.t() if type(layer.base).__name__ == "Conv1D" else matrix
-
-
 def _bias(base: nn.Module) -> nn.Parameter | None:
     return base._parameters.get("bias")
 
 
-def merged_tensors(name: str, layer: core.AuroraLinear, fitted: Affine) -> tuple[Tensor, Tensor | None, float]:
+def merged_tensors(
+    name: str, layer: core.AuroraLinear, fitted: Affine
+) -> tuple[Tensor, Tensor | None, float]:
     """(weight, bias or None to leave it, rounding loss) with an affine map folded in. ValueError if not finite."""
     A, B = (p.detach().double() for p in (layer.A, layer.B))
     M, K, c = (t.to(A.device) for t in (fitted.M, fitted.K, fitted.c))
     static = layer.anl(A.t()).t() if K.any() else torch.zeros_like(A)
     update = layer.scaling * B @ (M @ A + K @ static)
     weight = layer.merged_weight(update)
-    rounding = _norm(weight.double() - layer.weight.double() - _turned(layer, update)) / (_norm(update) or 1.0)
-    offset, old, bias = layer.scaling * B @ c, _bias(layer.base), None
+    rounding = _norm(weight.double() - layer.weight.double() - core.as_stored(layer, update)) / (
+        _norm(update) or 1.0
+    )
+    offset, old, bias = layer.scaling * B @ c, _bias(layer), None
     if offset.any():
         total = offset if old is None else old.double() + offset
         bias = total.to(layer.weight.dtype if old is None else old.dtype)
@@ -441,5 +476,7 @@ def watch_linearity(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
 
     with contextlib.ExitStack() as undo:
         for name, layer in core.layers(model).items():
-            undo.callback(layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True).remove)
+            undo.callback(
+                layer.register_forward_pre_hook(watch(name, layer), with_kwargs=True).remove
+            )
         yield gap

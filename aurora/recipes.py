@@ -91,7 +91,10 @@ def start_from_gradient(
                 parts.close()
         if missing := [name for name in found if name not in starts]:
             raise ValueError(f"chunk= needs a whole `for _ in parts:`; not looked at: {missing[0]}")
-        _write([change for name in found for change in starts[name].changes(found[name])])
+        changes = [change for name in found for change in starts[name].changes(found[name])]
+        with core.unchanged_on_error(model, [p for p, _ in changes]), torch.no_grad():
+            for p, value in changes:
+                p.copy_(_placed(value, p))
 
 
 def _check_start(found: Mapping[str, core.AuroraLinear], ridge: float, chunk: int | None) -> None:
@@ -110,7 +113,7 @@ def _check_start(found: Mapping[str, core.AuroraLinear], ridge: float, chunk: in
 
 def _fixed(layer: core.AuroraLinear) -> bool:
     """Whether the projections stay as they are set, and only the nonlinear layer trains."""
-    return getattr(layer.config, "projections", "trained") == "fixed"
+    return layer.config.projections == "fixed"
 
 
 def _in_parts(
@@ -159,7 +162,7 @@ class _Moments:
     def __init__(self, layer: core.AuroraLinear) -> None:
         self.rank, self.fixed = layer.config.rank, _fixed(layer)
         self.shape, self.device = (layer.out_features, layer.in_features), layer.A.device
-        self.dtype = torch.float64 if layer.A.dtype == torch.float64 else torch.float32
+        self.dtype = core.wide_dtype(layer.A)
         self.open, self.passes = True, 0
         self.sums: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -190,7 +193,7 @@ class _Moments:
             return
         G, C, count = self.allocate()
         self.passes += 1
-        with core._full_precision(x):
+        with core.full_precision(x):
             delta = delta.reshape(-1, self.shape[0]).to(G)  # (T, out)
             idle = (delta == 0).all(1)  # (T,); masked, not dropped, as a GPU would have to wait
             x = x.reshape(-1, self.shape[1]).to(G).masked_fill(idle.unsqueeze(1), 0)  # (T, in)
@@ -211,10 +214,14 @@ class _Moments:
                 f"NaN or infinity in the input or gradient of {name}: smaller loss scale?"
             )
         C /= count.clamp(min=1).to(C)
-        wide = torch.float64 if max(self.shape) <= _CHEAP and C.device.type != "mps" else self.dtype
-        found = _regress(G.to(wide), C.to(wide), self.rank, ridge)
-        A = _rescaled(found[0], C.to(wide), 1.0 if self.fixed else C.diagonal().mean() / 3)
-        return _Start(A, found[1], C.to(wide) if self.fixed and len(A) < self.rank else None)
+        wide = self.dtype
+        if max(self.shape) <= _CHEAP and C.device.type != "mps":
+            wide = torch.float64
+        G, C = G.to(wide), C.to(wide)
+        with core.full_precision(C):  # the block may be left under autocast
+            A, U = _regress(G, C, self.rank, ridge)
+            A = _rescaled(A, C, 1.0 if self.fixed else C.diagonal().mean() / 3)
+        return _Start(A, U, C if self.fixed and len(A) < self.rank else None)
 
 
 class _Look(torch.autograd.Function):
@@ -310,9 +317,13 @@ class _Start:
     @torch.no_grad()
     def changes(self, layer: core.AuroraLinear) -> list[tuple[nn.Parameter, Tensor]]:
         """(parameter, new value): rows without signal keep their draw."""
+        with core.full_precision(self.A):
+            return self._changes(layer)
+
+    def _changes(self, layer: core.AuroraLinear) -> list[tuple[nn.Parameter, Tensor]]:
         q, drawn = len(self.A), _whole(layer.A).to(self.A)
         rest = drawn[q:]
-        if _fixed(layer) and self.C is not None:  # uncorrelated with what was found, and as large
+        if self.C is not None:  # fixed: uncorrelated with what was found, and as large
             rest = rest - (rest @ self.C) @ self.A.t() @ self.A
             rest = _rescaled(rest, self.C, 1.0)
         A = torch.cat([self.A, rest])  # (r, in)
@@ -322,20 +333,6 @@ class _Start:
         Q = torch.linalg.qr(torch.cat([self.U, B[:, : B.shape[1] - q]], 1))[0]  # (out, min(out, r))
         B = torch.cat([self.U, Q[:, q:], B[:, Q.shape[1] :]], 1)
         return [(layer.A, A), (layer.B, B)]
-
-
-def _write(changes: list[tuple[nn.Parameter, Tensor]]) -> None:
-    """Copy all values into their parameters, or none."""
-    before = [(p, p.detach().clone()) for p, _ in changes]
-    try:
-        with torch.no_grad():
-            for p, value in changes:
-                p.copy_(_placed(value, p))
-    except BaseException:
-        with torch.no_grad():
-            for p, value in before:
-                p.copy_(value)
-        raise
 
 
 def _local(p: Tensor) -> Tensor:
@@ -410,7 +407,7 @@ def roughness(model: nn.Module) -> Tensor:
         loss = loss_of(model, batch) + 0.01 * aurora.roughness(model)
     """
     found = [layer.anl.spline_weight for layer in core.layers(model).values()]
-    weights = [w.to(core._wide(w)) for w in found if w is not None]
+    weights = [w.to(core.wide_dtype(w)) for w in found if w is not None]
     if not weights:
         raise ValueError("no adapter has splines (learnable=False), so that none can be rough")
     bends = [w.diff(n=2, dim=1).square() for w in weights]

@@ -22,7 +22,9 @@ X = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    net = nn.Sequential(
+        nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)
+    )
     aurora.inject(net, r"^[02]$", train=r"^4\.")
     return net
 
@@ -54,14 +56,16 @@ def worker(rank: int, port: int, kind: str, folder: str) -> None:
         step(net, half)
         aurora.save(net, Path(folder) / "adapter.safetensors")
         # Swapped in place, also where parameters are sharded; the values come back.
-        before = {n: p.detach().clone() for n, p in core.trained_parameters(net).items()}
+        before = {n: p.detach().clone() for n, p in core.ModelView.adapted(net).adapter().items()}
         with torch.no_grad():
             for p in aurora.parameters(net):
                 p.zero_()
         dist.barrier()
         aurora.load(net, Path(folder) / "adapter.safetensors")
-        for name, p in core.trained_parameters(net).items():
-            same = torch.equal(getattr(p, "_local_tensor", p), getattr(before[name], "_local_tensor", before[name]))
+        for name, p in core.ModelView.adapted(net).adapter().items():
+            same = torch.equal(
+                getattr(p, "_local_tensor", p), getattr(before[name], "_local_tensor", before[name])
+            )
             assert same, name
     finally:
         dist.destroy_process_group()
@@ -74,10 +78,14 @@ def test_two_processes_learn_what_one_learns(kind, tmp_path):
         port = probe.getsockname()[1]
     mp.spawn(worker, (port, kind, str(tmp_path)), nprocs=2)
     alone = model()
-    start = {n: p.detach().clone() for n, p in core.trained_parameters(alone).items()}
+    start = {n: p.detach().clone() for n, p in core.ModelView.adapted(alone).adapter().items()}
     step(alone, X)
-    fresh = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    fresh = nn.Sequential(
+        nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)
+    )
     aurora.load(fresh, tmp_path / "adapter.safetensors")
-    for name, p in core.trained_parameters(fresh).items():
-        torch.testing.assert_close(p, core.trained_parameters(alone)[name], rtol=1e-4, atol=1e-6)
+    for name, p in core.ModelView.adapted(fresh).adapter().items():
+        torch.testing.assert_close(
+            p, core.ModelView.adapted(alone).adapter()[name], rtol=1e-4, atol=1e-6
+        )
     assert not torch.equal(fresh[0].B, start["0.B"])

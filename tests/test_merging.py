@@ -63,7 +63,9 @@ def make_identity(model: nn.Module) -> None:
         for layer in core.layers(model).values():
             c = layer.config
             h = 1 / c.cells_per_unit
-            places = c.grid_range[0] + h * (torch.arange(c.grid_size + c.spline_order) + (1 - c.spline_order) / 2)
+            places = c.grid_range[0] + h * (
+                torch.arange(c.grid_size + c.spline_order) + (1 - c.spline_order) / 2
+            )
             layer.anl.spline_weight.copy_(places.expand_as(layer.anl.spline_weight))
 
 
@@ -107,13 +109,17 @@ def test_static_mode_is_merged_exactly_by_all(method):
     before = model(x)
     report = merging.merge(model, method, batches(dtype=torch.float64))
     torch.testing.assert_close(model(x), before)
-    assert all(layer.errors[m] == pytest.approx(0, abs=1e-7) for layer in report.layers for m in merging.METHODS)
+    assert all(
+        layer.errors[m] == pytest.approx(0, abs=1e-7)
+        for layer in report.layers
+        for m in merging.METHODS
+    )
 
 
 def test_the_static_method_is_the_papers_merge():
     ours, papers = trained(), trained()
     merging.merge(ours)
-    core.merge(papers)
+    core.static_merge(papers)
     for name in ("first", "second", "third"):
         torch.testing.assert_close(getattr(ours, name).weight, getattr(papers, name).weight)
         assert (getattr(ours, name).bias is None) == (getattr(papers, name).bias is None)
@@ -134,7 +140,11 @@ def test_the_linear_method_is_the_first_order_expansion():
 
 
 def rows_of(layer, count=400, spread=1.0):
-    x = spread * torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(5)).double() + 0.3
+    x = (
+        spread
+        * torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(5)).double()
+        + 0.3
+    )
     z = x @ layer.A.double().t()
     anl = copy.deepcopy(layer.anl).double()
     u = x @ anl(layer.A.double().t())
@@ -145,7 +155,9 @@ def rows_of(layer, count=400, spread=1.0):
 
 
 @pytest.mark.parametrize("constant", [True, False])
-@pytest.mark.parametrize("options", [{}, {"rank": 4}, {"spline": "per-channel"}, {"learnable": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 4}, {"spline": "per-channel"}, {"learnable": False}]
+)
 def test_the_calibrated_fit_is_least_squares_and_errors_are_what_they_say(constant, options):
     layer = next(iter(core.layers(trained(torch.float64, **options)).values()))
     _, z, y, u, moments = rows_of(layer)
@@ -170,7 +182,9 @@ def test_the_calibrated_fit_is_least_squares_and_errors_are_what_they_say(consta
     constant=st.booleans(),
     spline=st.sampled_from(["summed", "per-channel"]),
 )
-def test_calibrated_is_never_worse_than_linear_on_what_it_saw(seed, rank, spread, count, constant, spline):
+def test_calibrated_is_never_worse_than_linear_on_what_it_saw(
+    seed, rank, spread, count, constant, spline
+):
     torch.manual_seed(seed)
     layer = aurora.AuroraLinear(nn.Linear(5, 4), rank=rank, spline=spline)
     for p in layer.adapter_parameters().values():
@@ -208,7 +222,9 @@ def test_degenerate_data_are_no_danger():
     torch.testing.assert_close(found.M, slope)
     torch.testing.assert_close(found.M @ at + found.c, anl(at))
     line = Moments(6)
-    z = at + torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None] * torch.tensor([1.0, 2.0], dtype=torch.float64)
+    z = at + torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None] * torch.tensor(
+        [1.0, 2.0], dtype=torch.float64
+    )
     line.add(torch.cat([z, anl(z).detach(), z], 1))
     found = fit(layer, "calibrated", line)
     across = torch.tensor([2.0, -1.0], dtype=torch.float64)
@@ -224,7 +240,9 @@ def test_moments_do_not_lose_digits_to_an_offset():
     moments = Moments(3)
     for part in rows.split(33):
         moments.add(part)
-    torch.testing.assert_close(moments.second(True), torch.cov(rows.t(), correction=0), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        moments.second(True), torch.cov(rows.t(), correction=0), rtol=1e-7, atol=1e-9
+    )
     torch.testing.assert_close(moments.mean, rows.mean(0))
 
 
@@ -232,7 +250,9 @@ def test_moments_do_not_lose_digits_to_an_offset():
 def test_calibration_memory_does_not_depend_on_the_width(rank):
     """At d = 4096 as anywhere: well under the 2 MB a layer, up to rank 64."""
     moments = Moments(3 * rank)
-    assert sum(t.nbytes for t in (moments.mean, moments.scatter)) == 8 * (3 * rank + 9 * rank**2) < 2e6
+    assert (
+        sum(t.nbytes for t in (moments.mean, moments.scatter)) == 8 * (3 * rank + 9 * rank**2) < 2e6
+    )
 
 
 class LiveBytes(TorchDispatchMode):
@@ -244,7 +264,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         for t in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
             storage = t.untyped_storage()
             if storage._cdata not in given and storage._cdata not in self.live:
@@ -270,11 +294,10 @@ def test_calibrating_a_layer_of_width_4096_takes_less_than_2_megabytes(rank, row
 
     model = nn.Sequential(Costless())
     aurora.inject(model, "0", rank=rank)
-    model[0].enabled = False  # the model's own memory is not counted
     model.forward = lambda x, attention_mask=None: model[0](x)
     batch = {"x": torch.randn(rows // 64, 64, 4096)}
     batch |= {"attention_mask": torch.ones(rows // 64, 64, dtype=torch.long)} if masked else {}
-    with LiveBytes() as memory:
+    with aurora.disabled(model), LiveBytes() as memory:  # the model's own memory is not counted
         merging.collect(model, [batch])
     parameters = 4096 * rank * 4  # sigma(A), as large as A
     assert 0 < memory.peak <= 2e6 + (parameters if rank > 8 else 0)
@@ -423,7 +446,11 @@ def test_tolerance_keeps_the_worst_dynamic():
     report.unmerge()
     assert_same(model, before)
     assert torch.equal(model(x), dynamic)
-    assert merging.merge(model, "calibrated", batches(), tolerance=0.0).dynamic == ["first", "second", "third"]
+    assert merging.merge(model, "calibrated", batches(), tolerance=0.0).dynamic == [
+        "first",
+        "second",
+        "third",
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -437,7 +464,9 @@ def test_half_precision_is_rounded_once(dtype):
         exact, stored = getattr(wide, layer.name).weight, getattr(model, layer.name).weight
         assert ((stored.double() - exact).abs() <= 0.51 * eps * exact.abs() + 1e-7).all()
         assert 0 < layer.rounding < 0.1
-    assert all(layer.rounding < 1e-6 for layer in merging.merge(trained(torch.float32), "linear").layers)
+    assert all(
+        layer.rounding < 1e-6 for layer in merging.merge(trained(torch.float32), "linear").layers
+    )
 
 
 BAD = {
@@ -446,7 +475,11 @@ BAD = {
     "empty batches": (("calibrated", []), {}, "never ran on the batches"),
     "tolerance alone": (("linear",), {"tolerance": 0.1}, "needs batches"),
     "tolerance": (("linear", batches(2)), {"tolerance": -1.0}, "at least 0 .* got -1.0"),
-    "nan batches": (("calibrated", [torch.full((2, 6), math.nan)]), {}, "first saw NaN or infinity"),
+    "nan batches": (
+        ("calibrated", [torch.full((2, 6), math.nan)]),
+        {},
+        "first saw NaN or infinity",
+    ),
 }
 
 
@@ -548,7 +581,9 @@ def test_the_gap_is_the_squared_error_of_the_best_fit():
         model(x)
         value = gap()
     found = merging.collect(model, [x])
-    fits = {name: fit(layer, "calibrated", found[name]) for name, layer in core.layers(model).items()}
+    fits = {
+        name: fit(layer, "calibrated", found[name]) for name, layer in core.layers(model).items()
+    }
     expected = sum(f.error(found[name], torch.eye(2).double()) ** 2 for name, f in fits.items()) / 3
     assert value.item() == pytest.approx(expected, rel=1e-3)
     assert not any(layer._forward_pre_hooks for layer in core.layers(model).values())
@@ -565,7 +600,9 @@ def test_the_gap_is_safe_at_the_start():
 
 def test_training_against_the_gap_closes_it():
     model, x = trained(), torch.cat(batches(4))
-    optimizer = torch.optim.Adam([p for n, p in core.trained_parameters(model).items() if ".anl." in n], lr=0.02)
+    optimizer = torch.optim.Adam(
+        [p for n, p in core.ModelView.adapted(model).adapter().items() if ".anl." in n], lr=0.02
+    )
     values = []
     with merging.watch_linearity(model) as gap:
         for _ in range(60):
@@ -605,7 +642,9 @@ def hooked():
     return layer
 
 
-@pytest.mark.parametrize("make", [lambda: Masked(6, 6), lambda: Turned(6, 6), lambda: Turned(6, 5), hooked])
+@pytest.mark.parametrize(
+    "make", [lambda: Masked(6, 6), lambda: Turned(6, 6), lambda: Turned(6, 5), hooked]
+)
 def test_a_layer_that_computes_more_than_its_weight_is_not_merged(make):
     model = nn.Sequential(make())
     aurora.inject(model, "0", mode="static")
@@ -617,7 +656,9 @@ def test_a_layer_that_computes_more_than_its_weight_is_not_merged(make):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_rounding_and_zero_weights_are_not_taken_for_more(dtype):
-    model = nn.Sequential(nn.Linear(512, 64, dtype=dtype), nn.Linear(64, 3, bias=False, dtype=dtype))
+    model = nn.Sequential(
+        nn.Linear(512, 64, dtype=dtype), nn.Linear(64, 3, bias=False, dtype=dtype)
+    )
     nn.init.zeros_(model[1].weight)
     aurora.inject(model, "0|1", mode="static")
     assert aurora.merge(model).merged == ["0", "1"]
@@ -657,7 +698,8 @@ def test_unmerge_returns_adapters_in_the_mode_of_the_model():
 def test_a_bias_gained_in_a_partial_merge_trains_again_with_its_weight():
     model = trained()
     errors = {
-        row.name: row.errors["calibrated"] for row in aurora.merge(copy.deepcopy(model), "calibrated", batches()).layers
+        row.name: row.errors["calibrated"]
+        for row in aurora.merge(copy.deepcopy(model), "calibrated", batches()).layers
     }
     assert errors["second"] < max(errors.values())
     report = aurora.merge(model, "calibrated", batches(), tolerance=errors["second"])
@@ -676,7 +718,9 @@ def test_held_out_batches_judge_a_merge_that_needs_none():
     assert kept.merged == []
 
 
-@pytest.mark.parametrize("x", [torch.randn(1, 6), torch.zeros(3, 6), torch.ones(5, 6), torch.randn(0, 6)])
+@pytest.mark.parametrize(
+    "x", [torch.randn(1, 6), torch.zeros(3, 6), torch.ones(5, 6), torch.randn(0, 6)]
+)
 def test_linearity_of_few_or_equal_rows_is_a_number(x):
     model = trained()
     with aurora.watch_linearity(model) as gap:

@@ -197,6 +197,12 @@ def test_autocast_gives_the_same_start() -> None:
     with aurora.start_from_gradient(model), torch.autocast("cpu", torch.bfloat16):
         loss(model).backward()
     assert_same(start(build()), model, 0.05)
+    around, inside = build(), build()
+    with torch.autocast("cpu", torch.bfloat16), aurora.start_from_gradient(around):
+        loss(around).backward()
+    with aurora.start_from_gradient(inside), torch.autocast("cpu", torch.bfloat16):
+        loss(inside).backward()
+    assert_same(around, inside, 0)
 
 
 def test_tokens_without_a_gradient_do_not_count() -> None:

@@ -75,7 +75,11 @@ def test_injecting_on_meta_allocates_nothing():
     with torch.device("meta"):
         model = Tower()
     aurora.inject(model, r"layers")
-    tensors = [*model.parameters(), *model.buffers(), *(t for m in model.layers for t in m.anl._grid)]
+    tensors = [
+        *model.parameters(),
+        *model.buffers(),
+        *(t for m in model.layers for t in m.anl.grid),
+    ]
     assert all(t.is_meta for t in tensors)
     assert sum(p.numel() for p in aurora.parameters(model)) == 3 * (2 * 32 + 4 + 16)
 
@@ -86,4 +90,6 @@ def test_a_merged_layer_is_the_plain_layer_again():
     aurora.inject(model, r"layers")
     aurora.merge(model)
     assert [*model.layers] == plain
-    assert all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in plain)
+    assert all(
+        type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in plain
+    )

@@ -12,19 +12,32 @@ IDS = torch.arange(12).reshape(2, 6)
 
 
 def gpt2():
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)
+    )
 
 
 def llama():
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
     )
     return transformers.LlamaForCausalLM(config)
 
 
 def t5():
     config = transformers.T5Config(
-        vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+        vocab_size=32,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
     )
     return transformers.T5ForConditionalGeneration(config)
 
@@ -32,7 +45,11 @@ def t5():
 def vit():
     return transformers.ViTModel(
         transformers.ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=32,
         )
     )
 
@@ -51,7 +68,12 @@ CASES = {
     "llama": (llama, r"_proj$", {"input_ids": IDS}, 14),
     "t5": (t5, r"\.(q|v|wi|wo)$", {"input_ids": IDS, "labels": IDS}, 20),
     "vit": (vit, r"q_proj|v_proj|query|value", {"pixel_values": torch.randn(2, 3, 32, 32)}, 4),
-    "whisper": (whisper, r"q_proj|v_proj|fc\d", {"input_features": torch.randn(2, 8, 40), "labels": IDS}, 20),
+    "whisper": (
+        whisper,
+        r"q_proj|v_proj|fc\d",
+        {"input_features": torch.randn(2, 8, 40), "labels": IDS},
+        20,
+    ),
 }
 
 
@@ -85,7 +107,10 @@ def test_inject_train_remove(name):
     assert not torch.allclose(out, plain)
     out.square().sum().backward()
     for key, layer in core.layers(model).items():
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.adapter_parameters().values()), key
+        assert all(
+            p.grad is not None and p.grad.isfinite().all()
+            for p in layer.adapter_parameters().values()
+        ), key
         assert layer.A.grad.abs().sum() > 0, key
     with aurora.disabled(model):
         assert torch.equal(outputs(model, inputs), plain)
@@ -112,7 +137,9 @@ def test_bfloat16_base():
     assert torch.equal(model(input_ids=IDS).logits, plain)
     disturb(model)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in aurora.parameters(model))
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in aurora.parameters(model)
+    )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
