@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aurora import core, training
+from aurora import _running, core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -457,20 +457,20 @@ def _measure(model: nn.Module, inputs: Any) -> list[tuple[str, _Measured]]:
     def record(
         name: str, layer: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], out: Tensor
     ) -> Tensor:
-        calls.append((name, training.layer_input(args, named).detach().clone(), out))
+        calls.append((name, _running.layer_input(args, named).detach().clone(), out))
         return out.clone()  # what the model then does in place leaves the recorded tensor alone
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
-        undo.enter_context(training.evaluating(model))
+        undo.enter_context(_running.evaluating(model))
         for name, layer in layers.items():
             undo.callback(
                 layer.register_forward_hook(
                     functools.partial(record, name), with_kwargs=True
                 ).remove
             )
-        ends = [end for end in _leaves(training.call(model, inputs)) if end.requires_grad]
+        ends = [end for end in _leaves(_running.call(model, inputs)) if end.requires_grad]
         made = [(name, x, out) for name, x, out in calls if out.requires_grad and x.numel()]
         if not ends or not made:
             raise ValueError(

@@ -27,7 +27,17 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypedDict, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    TypedDict,
+    cast,
+    get_args,
+)
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +60,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "identity": lambda z: z,
 }
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "mode": get_args(Mode),
+    "spline": get_args(Spline),
+    "fixed": (True, False),
+    "learnable": (True, False),
+    "activation": get_args(Activation),
+    "init": get_args(Init),
+    "projections": get_args(Projections),
+}
 
 
 class Options(TypedDict, total=False):
@@ -71,33 +90,24 @@ class Options(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class AuroraConfig:
-    """The options of an adapter. The defaults are the paper's.
+    """The options of an adapter; the defaults are the paper's. ValueError for a bad value.
 
     Args:
         rank: r, the width of the hidden vector `z = A x`.
-        alpha: The adapter's output is scaled by `alpha / rank`. None means `2 * rank`, the
-            paper's scaling of 2 at every rank.
+        alpha: The output is scaled by `alpha / rank`. None means `2 * rank`, the paper's scaling.
         mode: "dynamic" trains `B sigma(A x)`; "static" trains `B sigma(A) x`, which merges exactly.
-        spline: "summed": every output channel applies its spline to all input channels and adds
-            up, as the authors' code does. "per-channel": channel j sees z_j alone.
-        fixed: Keep F, the part with a fixed shape (an ablation of the paper).
+        spline: "summed" adds up a channel's spline over all inputs z_i, as the authors' code does;
+            in "per-channel", channel j sees z_j alone.
+        fixed: Keep F (an ablation of the paper).
         learnable: Keep L, the splines (an ablation of the paper).
-        activation: The activation in F; "identity" makes it `F(z) = H z`.
-        grid_size: G, grid cells, 1 to 10,000.
+        activation: The one in F; "identity" makes it `F(z) = H z`.
+        grid_size: G, the number of grid cells, 1 to 10,000.
         spline_order: k, the degree, 1 to 8.
         grid_range: The ends of the grid.
-        dropout: Dropout on the adapter's input, in [0, 1).
-        init: Where sigma starts: at the paper's random draw, at the identity on the grid (as
-            LoRA), or at zero.
-        projections: "fixed" trains sigma alone between an A and a B that stay as they are drawn
-            or as `aurora.start_from_gradient` sets them. It needs init="zero".
-
-    Raises:
-        ValueError: For a bad value; the message names it and what is allowed.
-
-    Example:
-        >>> AuroraConfig(rank=8).scaling
-        2.0
+        dropout: On the adapter's input, in [0, 1).
+        init: Where sigma starts: "paper" draws it, "identity" is LoRA, "zero" is 0.
+        projections: "fixed" trains sigma alone, between an A and a B that stay as they are drawn,
+            or as `aurora.start_from_gradient` sets them. Needs init="zero".
     """
 
     rank: int = 2
@@ -119,9 +129,9 @@ class AuroraConfig:
             if not valid:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
         # Lists and NumPy's or PyTorch's numbers are welcome, but are neither hashable nor JSON.
-        alpha = 2.0 * self.rank if self.alpha is None else float(self.alpha)
-        object.__setattr__(self, "alpha", alpha)
-        object.__setattr__(self, "dropout", float(self.dropout))
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        for name, value in (("alpha", float(alpha)), ("dropout", float(self.dropout))):
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "grid_range", _as_range(self.grid_range))
 
     @property
@@ -136,30 +146,28 @@ class AuroraConfig:
 
 
 def _rules(c: AuroraConfig) -> Iterator[tuple[str, bool, str]]:
-    """(option, whether its value will do, what is allowed). The rank comes first."""
+    """(option, whether its value will do, what is allowed), the rank first."""
     yield "rank", type(c.rank) is int and c.rank >= 1, "an int of at least 1"
     # Values beyond float32, and grids that float32 cannot resolve, would be accepted and not work.
     yield "alpha", c.alpha is None or abs(_as_float(c.alpha)) < 1e38, "None or a float32 number"
-    yield "mode", c.mode in ("dynamic", "static"), '"dynamic" or "static"'
-    yield "spline", c.spline in ("summed", "per-channel"), '"summed" or "per-channel"'
-    yield "fixed", type(c.fixed) is bool, "True or False"
-    learnable = type(c.learnable) is bool and (c.learnable or c.fixed)
-    yield "learnable", learnable, "True, or False if fixed"
-    yield "activation", c.activation in tuple(_ACTIVATIONS), f"one of {', '.join(_ACTIVATIONS)}"
+    for name, allowed in _CHOICES.items():
+        value, told = getattr(c, name), f"one of {', '.join(map(str, allowed))}"
+        yield name, type(value) is type(allowed[0]) and value in allowed, told
+    yield "learnable", c.learnable or c.fixed, "True where fixed is False"
     size, order = c.grid_size, c.spline_order
     yield "grid_size", type(size) is int and 1 <= size <= 10_000, "an int from 1 to 10,000"
     yield "spline_order", type(order) is int and 1 <= order <= 8, "an int from 1 to 8"
     low, high = _as_range(c.grid_range)
-    largest, spacing = max(abs(low), abs(high)), (high - low) / size
-    resolved = max(1e-18, 2**-13 * largest) < spacing < 1e18
+    coarsest, spacing = 2**-13 * max(abs(low), abs(high)), (high - low) / size
+    resolved = max(1e-18, coarsest) < spacing < 1e18
     yield "grid_range", resolved, "two numbers in rising order whose grid float32 can resolve"
     yield "dropout", 0.0 <= _as_float(c.dropout) < 1.0, "a number in [0, 1)"
-    yield "init", c.init in ("paper", "identity", "zero"), '"paper", "identity" or "zero"'
-    can = c.init != "identity" or _starts_linear(c) or (c.learnable and c.spline == "per-channel")
-    yield "init", can, '"identity" only with splines per channel or F(z) = H z'
-    yield "projections", c.projections in ("trained", "fixed"), '"trained" or "fixed"'
-    exact = c.projections == "trained" or (c.init == "zero" and c.mode == "dynamic")
-    yield "projections", exact, '"fixed" only with init="zero", mode="dynamic"'
+    linear = _starts_linear(c) or (c.learnable and c.spline == "per-channel")
+    told = '"paper" or "zero" unless splines are per channel or F(z) = H z'
+    yield "init", c.init != "identity" or linear, told
+    exact = c.init == "zero" and c.mode == "dynamic"
+    told = '"trained" unless init="zero" and mode="dynamic"'
+    yield "projections", c.projections == "trained" or exact, told
 
 
 def _starts_linear(c: AuroraConfig) -> bool:
@@ -360,38 +368,52 @@ class ANL(nn.Module):
 # ---- The adapted layer ----------------------------------------------------------------------
 
 
+class _Off(threading.local):
+    """The layers whose adapters are off in this thread, and by how many blocks."""
+
+    def __init__(self) -> None:
+        self.depth: dict[int, int] = {}
+
+
+_OFF = _Off()
+
+
 class AuroraLinear(nn.Module):
     """A linear layer with an adapter: x (..., in_features) -> (..., out_features).
 
     `AuroraLinear(layer, rank)` turns that very layer into one, as PyTorch's parametrizations do:
-    it stays the same object with the same tensors and hooks, `isinstance(layer, nn.Linear)`
-    holds, and a state dict has the base's tensors under the base's names. Beside them stand `A`
-    (r, in_features), Kaiming-uniform(a = sqrt 5); `B` (out_features, r), zero, so that the output
-    starts as the base's, bit for bit; `anl.H`, `anl.spline_weight`. They are float32, or float64
-    over a float64 base. The output has the dtype of the base's output.
+    it stays the same object with the same tensors and hooks, `isinstance(layer, nn.Linear)` holds,
+    and in a state dict the base's tensors keep their names. Beside them stand `A` (r, in_features),
+    Kaiming-uniform(a = sqrt 5); `B` (out_features, r), zero, so that the output starts as the
+    base's, bit for bit; `anl.H`, `anl.spline_weight`; float32, or float64 over a float64 base. The
+    output has the dtype of the base's output.
 
     Args:
         layer: An `nn.Linear`, GPT-2's `Conv1D`, or any module that computes a linear map and has
-            integer `in_features` and `out_features`, such as a quantised linear.
+            integers `in_features`, `out_features`, such as a quantised linear.
         rank: r, or an `AuroraConfig`.
         **options: The options of `AuroraConfig`.
 
     Raises:
-        TypeError: If the layer is not linear, or adapted already.
-        ValueError: For a bad option, or a layer whose own names clash with the adapter's.
+        TypeError: The layer is not linear, or adapted already.
+        ValueError: A bad option, or a layer whose own names clash with the adapter's.
 
     Example:
-        >>> layer = AuroraLinear(nn.Linear(64, 32), rank=2)
-        >>> sorted(layer.state_dict())
+        >>> sorted(AuroraLinear(nn.Linear(64, 32), rank=2).state_dict())
         ['A', 'B', 'anl.H', 'anl.spline_weight', 'bias', 'weight']
     """
 
-    original: ClassVar[type[nn.Module]]  # the class the layer had
+    original: ClassVar[type[nn.Module]]  # the class that the layer had
     A: nn.Parameter
     B: nn.Parameter
     anl: ANL
     weight: Tensor
-    bias: Tensor | None
+
+    config = property(lambda self: self.anl.config, doc="The adapter's options.")
+    scaling = property(lambda self: self.anl.config.scaling, doc="s = alpha / r.")
+    in_features = property(lambda self: self.A.shape[1], doc="The width of x.")
+    out_features = property(lambda self: self.B.shape[0], doc="The width of the output.")
+    enabled = property(lambda self: not _OFF.depth.get(id(self)), doc="Not inside `disabled`.")
 
     def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:  # noqa: D102
         if layer is None:  # a copy or a replica, which fills in its attributes by itself
@@ -399,30 +421,12 @@ class AuroraLinear(nn.Module):
         attach(layer, _new_adapter(layer, _configure(rank, options)))
         return cast(AuroraLinear, layer)
 
-    def __init__(
-        self, layer: nn.Module, rank: int | AuroraConfig = 2, **options: Unpack[Options]
-    ) -> None:
+    def __init__(self, layer: Any, rank: Any = 2, **options: Unpack[Options]) -> None:
         pass  # not nn.Module's, which would empty the layer
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Our class is made on the fly, so that a pickle has to name the one it is made from.
-        state = object.__reduce_ex__(self, protocol)[2:]
-        return (_blank, (self.original,), *state)
-
-    @property
-    def config(self) -> AuroraConfig:
-        """The adapter's options."""
-        return self.anl.config
-
-    @property
-    def scaling(self) -> float:
-        """s = alpha / r."""
-        return self.anl.config.scaling
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the adapter acts; False inside `disabled`, in the thread that entered it."""
-        return id(self) not in _OFF.depth
+        # The class is made on the fly, so that a pickle has to name the one it is made from.
+        return (_blank, (self.original,), *object.__reduce_ex__(self, protocol)[2:])
 
     @property
     def base(self) -> nn.Module:
@@ -433,14 +437,9 @@ class AuroraLinear(nn.Module):
         view._modules = {k: m for k, m in self._modules.items() if k != "anl"}
         return view
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the adapter afresh, for instance after `to_empty()`; the base is left alone."""
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        if self.config.projections == "fixed":
-            nn.init.orthogonal_(self.B)
-        else:
-            nn.init.zeros_(self.B)
+        _draw(self.A, self.B, self.config)
         self.anl.reset_parameters()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -473,20 +472,10 @@ class AuroraLinear(nn.Module):
         flat = out.reshape(-1, self.out_features)  # (N, out_features)
         return torch.addmm(flat, y.to(out.dtype), up).view_as(out)
 
-    @property
-    def in_features(self) -> int:
-        """The width of x, whatever the base calls it."""
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """The width of the output."""
-        return self.B.shape[0]
-
     def static_update(self) -> Tensor:
         """`s B sigma(A)`, (out_features, in_features), sigma on each column of A, in float32+."""
         A, B = self.A.to(wide_dtype(self.A)), self.B.to(wide_dtype(self.B))
-        return B @ self.anl(A.t(), self.scaling).t()
+        return B @ cast(Tensor, self.anl(A.t(), self.scaling)).t()
 
     def merged_weight(self, update: Tensor) -> Tensor:
         """The base's weight plus `update` (out_features, in_features), rounded once."""
@@ -497,12 +486,11 @@ class AuroraLinear(nn.Module):
     def extra_repr(self) -> str:
         """The base's line, and the adapter's rank, mode and scaling."""
         c = self.config
-        fixed = ", fixed projections" if c.projections == "fixed" else ""
-        own = f"rank={c.rank}, scaling={c.scaling:g}, {c.mode}{fixed}"
+        own = f"rank={c.rank}, scaling={c.scaling:g}, {c.mode}, {c.projections} projections"
         return f"{super().extra_repr()}, {own}".removeprefix(", ")
 
 
-_ADAPTED: dict[Any, Any] = {}
+_ADAPTED: dict[Any, Any] = {}  # class -> its adapted class, made once
 
 
 def _adapted_class(original: Any) -> Any:
@@ -542,56 +530,50 @@ def as_stored(layer: nn.Module, matrix: Tensor) -> Tensor:
 
 
 def _new_adapter(layer: nn.Module, config: AuroraConfig) -> dict[str, Any]:
-    """A, B and the ANL for a layer that is not touched yet; refuses what cannot be adapted."""
-    features = linear_features(layer)
+    """A, B and the ANL for a layer, which is not touched; refuses what cannot be adapted."""
+    kind, features = type(layer).__name__, linear_features(layer)
     if features is None or isinstance(layer, AuroraLinear):
-        raise TypeError(f"AuroraLinear adapts linear layers, got a {type(layer).__name__}")
-    ours = ("A", "B", "anl", "config", "scaling", "enabled", "base")
-    taken = [name for name in ours if hasattr(layer, name)]
-    if taken:
-        raise ValueError(f"the {type(layer).__name__} has a {taken[0]!r} of its own: rename that")
+        raise TypeError(f"AuroraLinear adapts linear layers, got a {kind}")
+    for name in ("A", "B", "anl", "config", "scaling", "enabled", "base"):
+        if hasattr(layer, name):
+            raise ValueError(f"the {kind} has a {name!r} of its own, as adapters do: rename that")
     if "forward" in layer.__dict__:
-        raise ValueError(
-            f"the {type(layer).__name__}'s forward was replaced on the object, as offloading does, "
-            "and would bypass the adapter: inject first, or use aurora.integrations.accelerate"
-        )
+        told = "as offloading does, and bypasses adapters: inject before"
+        raise ValueError(f"the {kind}'s forward was replaced on the object, {told}")
     if config.rank > max(features):
-        message = f"rank {config.rank} is above both dimensions of the layer, {features}"
-        warnings.warn(message, stacklevel=4)
+        told = f"rank {config.rank} is above both dimensions of the layer, {features}"
+        warnings.warn(told, stacklevel=4)
     like = next(layer.parameters(), torch.empty(()))
     options: Any = {"device": like.device, "dtype": wide_dtype(like)}
+    A = torch.empty(config.rank, features[0], **options)  # (r, in_features)
+    B = torch.empty(features[1], config.rank, **options)  # (out_features, r)
+    _draw(A, B, config)
     trained = config.projections == "trained"
-    adapter = {
-        "A": nn.Parameter(torch.empty(config.rank, features[0], **options), trained),
-        "B": nn.Parameter(torch.empty(features[1], config.rank, **options), trained),
-        "anl": ANL(config, **options).train(layer.training),
-    }
-    # Drawn here, on a blank layer, so that nothing random is left to do when it is attached.
-    blank = _blank(nn.Module)
-    nn.Module.__init__(blank)
-    _set_adapter(blank, adapter)
-    blank.reset_parameters()
-    return adapter
+    anl = ANL(config, **options).train(layer.training)
+    return {"A": nn.Parameter(A, trained), "B": nn.Parameter(B, trained), "anl": anl}
 
 
-def _set_adapter(layer: nn.Module, adapter: Mapping[str, Any]) -> None:
-    layer._parameters.update(A=adapter["A"], B=adapter["B"])
-    layer._modules["anl"] = adapter["anl"]
+@torch.no_grad()
+def _draw(A: Tensor, B: Tensor, config: AuroraConfig) -> None:
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if config.projections == "trained":
+        nn.init.zeros_(B)
+    else:
+        nn.init.orthogonal_(B)  # no zero is needed where sigma is 0
 
 
 def attach(layer: nn.Module, adapter: Mapping[str, Any]) -> None:
-    """Turn a layer into an adapted one: A, B and anl from `adapter`."""
+    """Turn a layer into an adapted one, with A, B and anl from `adapter`."""
     with unchanged_on_error(layer):
-        _set_adapter(layer, adapter)
+        layer._parameters.update(A=adapter["A"], B=adapter["B"])
+        layer._modules["anl"] = adapter["anl"]
         layer.__class__ = _adapted_class(type(layer))
 
 
 def _detach(layer: AuroraLinear) -> None:
     if type(layer) is not _adapted_class(layer.original):
-        raise ValueError(
-            f"the class of an adapted {layer.original.__name__} was changed after inject (by "
-            f"fully_shard or a parametrization, to {type(layer).__name__}): undo that first"
-        )
+        told = "by fully_shard or a parametrization; undo that first"
+        raise ValueError(f"a {type(layer).__name__} got another class after inject, {told}")
     layer.__class__ = cast(Any, layer.original)
     del layer._parameters["A"], layer._parameters["B"], layer._modules["anl"]
 
@@ -901,16 +883,6 @@ def remove(model: nn.Module, only: Iterable[AuroraLinear] | None = None) -> None
                         p.requires_grad_(required)
 
 
-class _Off(threading.local):
-    """The layers whose adapters are off in this thread, and by how many blocks."""
-
-    def __init__(self) -> None:
-        self.depth: dict[int, int] = {}
-
-
-_OFF = _Off()
-
-
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model runs without its adapters; heads that `train=` kept stay.
@@ -1066,7 +1038,7 @@ def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None
         if not computes_linear(layer):
             kind = layer.original.__name__
             raise ValueError(
-                f"{name or 'the layer'}, a {kind}, computes more than x W^T + b: a merge would differ"
+                f"{name or 'the layer'}, a {kind}, computes more than x W^T + b: it cannot be merged"
             )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aurora import core, training
+from aurora import _running, core
 
 METHODS = ("static", "linear", "calibrated")
 
@@ -155,7 +155,7 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Moments]:
         ).t()  # (r, in_features)
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = training.layer_input(inputs, named)
+            x = _running.layer_input(inputs, named)
             kept = (
                 mask.bool().flatten() if mask is not None and x.shape[:-1] == mask.shape else None
             )
@@ -169,7 +169,7 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Moments]:
 
         return hook
 
-    with torch.no_grad(), training.evaluating(model), contextlib.ExitStack() as undo:
+    with torch.no_grad(), _running.evaluating(model), contextlib.ExitStack() as undo:
         for name, layer in layers.items():
             undo.callback(
                 layer.register_forward_pre_hook(watch(layer, name), with_kwargs=True).remove
@@ -177,7 +177,7 @@ def collect(model: nn.Module, batches: Iterable[Any]) -> dict[str, Moments]:
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             mask = mask if mask is not None and mask.dim() == 2 else None
-            training.call(model, batch)
+            _running.call(model, batch)
     for name, moments in found.items():
         if not moments.count:
             raise ValueError(
@@ -455,7 +455,7 @@ def watch_linearity(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
 
     def watch(name: str, layer: core.AuroraLinear) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = training.layer_input(inputs, named).reshape(-1, layer.in_features)
+            x = _running.layer_input(inputs, named).reshape(-1, layer.in_features)
             if not len(x):
                 return
             z = nn.functional.linear(x, layer.A.to(x.dtype)).float()

@@ -13,16 +13,45 @@ k spline order. What each recipe brings was measured: docs/benchmarks.md.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from aurora import core
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# --- The recommended options ----------------------------------------------------------------------
+
+
+def recommended(rank: int = 2, **options: Unpack[core.Options]) -> core.AuroraConfig:
+    """The options we recommend: splines per channel on a wide grid, starting as LoRA.
+
+    Args:
+        rank: r, the width of the hidden vector.
+        **options: Options of `AuroraConfig` that shall differ.
+
+    Returns:
+        A configuration for `aurora.inject`. Train it with `aurora.parameter_groups`.
+
+    Raises:
+        ValueError: For a bad option.
+
+    Example:
+        aurora.inject(model, r"(query|value)$", aurora.recommended(rank=2))
+
+    Source: docs/benchmarks.md, where it is measured against the paper's setting and LoRA.
+    """
+    base = core.AuroraConfig(rank, spline="per-channel", grid_range=(-4.0, 4.0), init="identity")
+    return dataclasses.replace(base, **options)
+
 
 # --- The start from the gradient -----------------------------------------------------------------
 
@@ -115,7 +144,7 @@ def _check_start(found: Mapping[str, core.AuroraLinear], ridge: float, chunk: in
 
 def _fixed(layer: core.AuroraLinear) -> bool:
     """Whether the projections stay as they are set, and only the nonlinear layer trains."""
-    return layer.config.projections == "fixed"
+    return bool(layer.config.projections == "fixed")
 
 
 def _in_parts(

@@ -8,11 +8,11 @@ import importlib
 import sys
 from pathlib import Path
 
-from benchmarks.common import BenchmarkError
+from benchmarks.lab.needs import BenchmarkError
 
 
 def catalogue() -> dict[str, str]:
-    """Name -> first line of the docstring, of every module here with a `main`, read without importing it."""
+    """Name -> first line of the docstring of every module here with a `main`, not imported."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -22,10 +22,14 @@ def catalogue() -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    """Run the benchmark named first, with the other arguments; without a name, list them. Returns the exit status."""
+    """Run the benchmark named first, with the other arguments; without a name, list them.
+
+    Returns the exit status.
+    """
     known = catalogue()
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m benchmarks NAME [options]      (python -m benchmarks NAME --help shows the options)\n")
+        print("usage: python -m benchmarks NAME [options]")
+        print("       python -m benchmarks NAME --help      shows the options\n")
         print("\n".join(f"  {name:<15}{line}" for name, line in known.items()))
         return 0
     name, *options = argv

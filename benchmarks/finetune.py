@@ -22,17 +22,42 @@ import torch
 from torch import nn
 
 import aurora
-from benchmarks import baselines, common, data
-from benchmarks.common import BenchmarkError, Contender, History, Reader, Scores, Texts
+from benchmarks.lab import baselines, data
+from benchmarks.lab.models import load_encoder
+from benchmarks.lab.needs import BenchmarkError
+from benchmarks.lab.report import machine, markdown_table, picture, use_all_cores, write_report
+from benchmarks.lab.task import Reader, Scores, Texts, evaluate, tokenize
+from benchmarks.lab.timing import interleave, median_ratio
+from benchmarks.lab.training import History, make_step, train
 
 HEAD = r"^head\."
 SWEEP = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 
 
+@dataclass(frozen=True)
+class Contender:
+    """One way to fine-tune: `prepare` puts adapters into a fresh Reader and freezes all but them and the head.
+
+    `merge` folds the adapters into plain layers, None if there are none. `save` and `load` work on what was trained;
+    `load` gets a fresh Reader that `prepare` has not seen. `calibrate` merges with the help of batches, None if
+    `merge` loses nothing.
+    """
+
+    name: str
+    lr: float
+    prepare: Callable[[nn.Module], object]
+    merge: Callable[[nn.Module], object] | None
+    save: Callable[[nn.Module, Path], object]
+    load: Callable[[nn.Module, Path], object]
+    calibrate: Callable[[nn.Module, list[dict[str, torch.Tensor]]], object] | None = None
+
+
 def contenders(targets: str, rank: int, lr: float | None = None) -> list[Contender]:
     """Head only, LoRA of the rank and of four times the rank, AuroRA of the rank. `lr` replaces the chosen rates."""
 
-    def plain(name: str, chosen: float, prepare: Callable[[nn.Module], object], adapts: bool = True) -> Contender:
+    def plain(
+        name: str, chosen: float, prepare: Callable[[nn.Module], object], adapts: bool = True
+    ) -> Contender:
         def load(model: nn.Module, path: Path) -> None:
             prepare(model)
             baselines.load_trained(model, path)
@@ -69,7 +94,7 @@ class Task:
 
     def reader(self, seed: int) -> Reader:
         """A fresh model from disk; the seed draws its head, and the adapters that are put in next."""
-        encoder, _ = common.load_encoder(self.model)
+        encoder, _ = load_encoder(self.model)
         torch.manual_seed(seed)
         return Reader(encoder)
 
@@ -99,7 +124,7 @@ class Result:
 
 def build_task(model: str | None, source: str, development: bool = False) -> Task:
     """Texts split by the hash of their ids. With `development`, both sides come from the training side."""
-    _, tokenizer = common.load_encoder(model)
+    _, tokenizer = load_encoder(model)
     learn, judge = data.split(data.load(source))
     if development:
         learn, judge = data.split(learn, share=0.1, salt="development")
@@ -110,7 +135,7 @@ def build_task(model: str | None, source: str, development: bool = False) -> Tas
                 "the class: give more texts, or subtract the middle of your scale from the ratings"
             )
     scale = statistics.pstdev(s.rating for s in learn)
-    return Task(model, *(common.tokenize(tokenizer, side, scale=scale) for side in (learn, judge)))
+    return Task(model, *(tokenize(tokenizer, side, scale=scale) for side in (learn, judge)))
 
 
 def run(task: Task, contender: Contender, seed: int, steps: int) -> Result:
@@ -118,24 +143,28 @@ def run(task: Task, contender: Contender, seed: int, steps: int) -> Result:
     model = task.prepared(contender, seed)
     adapter, head = count(model)
     glance = task.judge.sample(512)
-    watch = functools.partial(common.evaluate, model, glance)
+    watch = functools.partial(evaluate, model, glance)
     label = f"{contender.name}, seed {seed}"
-    history = common.train(model, task.learn, steps=steps, lr=contender.lr, seed=seed, watch=watch, label=label)
-    trained = common.evaluate(model, task.judge)
+    history = train(
+        model, task.learn, steps=steps, lr=contender.lr, seed=seed, watch=watch, label=label
+    )
+    trained = evaluate(model, task.judge)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         contender.save(model, path)
         size = path.stat().st_size
-        model = task.reader(seed + 1)  # another seed: nothing that should come from the file comes by chance
+        model = task.reader(
+            seed + 1
+        )  # another seed: nothing that should come from the file comes by chance
         contender.load(model, path)
-    reloaded, merged, calibrated = common.evaluate(model, task.judge), None, None
+    reloaded, merged, calibrated = evaluate(model, task.judge), None, None
     if contender.calibrate is not None:
         plain = copy.deepcopy(model)
         contender.calibrate(plain, task.learn.inputs(256))
-        calibrated = common.evaluate(plain, task.judge)
+        calibrated = evaluate(plain, task.judge)
     if contender.merge is not None:
         contender.merge(model)
-        merged = common.evaluate(model, task.judge)
+        merged = evaluate(model, task.judge)
     return Result(adapter, head, trained, reloaded, merged, calibrated, size, history)
 
 
@@ -153,9 +182,9 @@ def time_steps(task: Task, field: Sequence[Contender], rounds: int) -> dict[str,
     for contender in field:
         model = task.prepared(contender, seed=0)
         trained = [p for p in model.parameters() if p.requires_grad]
-        step = common.make_step(model, trained, contender.lr, 10 * rounds)
+        step = make_step(model, trained, contender.lr, 10 * rounds)
         calls[contender.name] = functools.partial(step, batch)
-    return common.interleave(calls, rounds)
+    return interleave(calls, rounds)
 
 
 def sweep(task: Task, field: Sequence[Contender], rates: Sequence[float], steps: int) -> str:
@@ -165,10 +194,10 @@ def sweep(task: Task, field: Sequence[Contender], rates: Sequence[float], steps:
         scores = []
         for lr in rates:
             model = task.prepared(contender, seed=0)
-            common.train(model, task.learn, steps=steps, lr=lr, label=f"{contender.name}, lr {lr:g}")
-            scores.append(sum(common.evaluate(model, task.judge)))
+            train(model, task.learn, steps=steps, lr=lr, label=f"{contender.name}, lr {lr:g}")
+            scores.append(sum(evaluate(model, task.judge)))
         rows.append([contender.name, *(f"{score:.4f}" for score in scores)])
-    return common.markdown_table(["accuracy + Pearson", *(f"{lr:g}" for lr in rates)], rows)
+    return markdown_table(["accuracy + Pearson", *(f"{lr:g}" for lr in rates)], rows)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -197,7 +226,7 @@ def table(results: dict[str, list[Result]], seconds: dict[str, list[float]]) -> 
             both([r.merged for r in runs]),
             both([r.calibrated for r in runs]),
             f"{statistics.median(seconds[name]):.3f}",
-            f"{common.median_ratio(seconds, name, against):.2f}",
+            f"{median_ratio(seconds, name, against):.2f}",
             f"{runs[0].size / 1000:.1f} kB",
         ]
         for name, runs in results.items()
@@ -212,19 +241,25 @@ def table(results: dict[str, list[Result]], seconds: dict[str, list[float]]) -> 
         "static merge",
         "calibrated merge",
     ]
-    return common.markdown_table([*header, "s/step", f"x {against}", "file"], rows)
+    return markdown_table([*header, "s/step", f"x {against}", "file"], rows)
 
 
 def draw(path: Path, results: dict[str, list[Result]], window: int = 20) -> None:
     """Loss (mean of the last `window` steps) and accuracy on some held-out texts, one line a seed."""
-    with common.picture(path, columns=2) as (left, right):
+    with picture(path, columns=2) as (left, right):
         for i, (name, runs) in enumerate(results.items()):
             for run_ in runs:
                 losses = run_.history.losses
-                smooth = [statistics.fmean(losses[max(0, j - window) : j]) for j in range(1, len(losses) + 1)]
+                smooth = [
+                    statistics.fmean(losses[max(0, j - window) : j])
+                    for j in range(1, len(losses) + 1)
+                ]
                 label = name if run_ is runs[0] else None
                 left.plot(range(1, len(smooth) + 1), smooth, color=f"C{i}", label=label)
-                right.plot(*zip(*((step, s.accuracy) for step, s in run_.history.scores), strict=True), f"C{i}o-")
+                right.plot(
+                    *zip(*((step, s.accuracy) for step, s in run_.history.scores), strict=True),
+                    f"C{i}o-",
+                )
         left.set(xlabel="step", ylabel=f"training loss, mean of {window} steps")
         right.set(xlabel="step", ylabel="held-out accuracy (a sample of 512)")
         left.legend()
@@ -236,7 +271,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks finetune", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--model", help="local Hugging Face folder of an encoder (default: the packaged all-MiniLM-L6-v2)")
+    add(
+        "--model",
+        help="local Hugging Face folder of an encoder (default: the packaged all-MiniLM-L6-v2)",
+    )
     add(
         "--data",
         default="movies",
@@ -253,16 +291,33 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=2,
         help="rank of AuroRA and the smaller LoRA; the larger has 4 times it (default: 2)",
     )
-    add("--lr", type=float, help="one learning rate for all, in place of those chosen for the default task")
-    add("--seeds", type=int, nargs="+", default=[0], help="one run each; the table has mean and deviation (default: 0)")
+    add(
+        "--lr",
+        type=float,
+        help="one learning rate for all, in place of those chosen for the default task",
+    )
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="one run each; the table has mean and deviation (default: 0)",
+    )
     add(
         "--max-steps",
         type=int,
         help="steps of 32 texts (default: 200, or one pass over the training side if that is less)",
     )
-    add("--out", type=Path, default=Path("docs/results"), help="folder for finetune.md and .png (default: %(default)s)")
     add(
-        "--sweep", action="store_true", help="only print development scores over learning rates, from the training side"
+        "--out",
+        type=Path,
+        default=Path("docs/results"),
+        help="folder for finetune.md and .png (default: %(default)s)",
+    )
+    add(
+        "--sweep",
+        action="store_true",
+        help="only print development scores over learning rates, from the training side",
     )
     options = parser.parse_args(argv)
     for name in ("rank", "lr", "max_steps"):
@@ -274,7 +329,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Run the benchmark: print the table, write it and the picture to `--out`."""
     options = parse(argv)
-    common.use_all_cores()
+    use_all_cores()
     task = build_task(options.model, options.data, development=options.sweep)
     field = contenders(options.targets, options.rank, options.lr)
     steps = options.max_steps or min(200, math.ceil(len(task.learn.tokens) / 32))
@@ -285,13 +340,20 @@ def main(argv: Sequence[str]) -> None:
     results = {c.name: [run(task, c, seed, steps) for seed in options.seeds] for c in field}
     shown = table(results, seconds)
     draw(options.out / "finetune.png", results)
-    path = common.write_report(
-        options.out, "finetune", "Fine-tuning a sentence encoder", explain(options, task, steps, shown)
+    path = write_report(
+        options.out,
+        "finetune",
+        "Fine-tuning a sentence encoder",
+        explain(options, task, steps, shown),
     )
-    print(f"{shown}\n\nwritten to {path}; {common.machine()}")
-    different = [name for name, runs in results.items() if any(r.trained != r.reloaded for r in runs)]
+    print(f"{shown}\n\nwritten to {path}; {machine()}")
+    different = [
+        name for name, runs in results.items() if any(r.trained != r.reloaded for r in runs)
+    ]
     if different:
-        raise RuntimeError(f"the score after reloading differs from the score after training: {', '.join(different)}")
+        raise RuntimeError(
+            f"the score after reloading differs from the score after training: {', '.join(different)}"
+        )
 
 
 def explain(options: argparse.Namespace, task: Task, steps: int, shown: str) -> list[str]:

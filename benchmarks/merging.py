@@ -1,20 +1,22 @@
 """Merging: how much of what training gained is left in plain layers, by method?
 
-Adapters are trained, then judged on the same held-out texts: off, dynamic, and merged by each method. Gain kept is
-(merged - off) / (dynamic - off). Every run is one line of JSON; a run that has its line is not run again.
+Adapters are trained, then judged on the same held-out texts: off, dynamic, and merged by each
+method. Gain kept is (merged - off) / (dynamic - off). Every run is one line of JSON; a run that
+has its line is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,79 +24,117 @@ from torch import Tensor, nn
 
 import aurora
 from aurora import core, merging
-from benchmarks import common, data
+from benchmarks.lab import data, models, records, task
+from benchmarks.lab import options as command
+from benchmarks.lab.methods import ENCODER, LANGUAGE_MODEL, Sample, groups, prepare
+from benchmarks.lab.records import Lines, Record
+from benchmarks.lab.report import markdown_table, picture, write_report
+from benchmarks.lab.settings import RECOMMENDED, SETTINGS, Setting
+from benchmarks.lab.training import (
+    next_token_loss,
+    next_token_losses,
+    rating_loss,
+    train,
+    train_language,
+)
 
-QUERY_VALUE = r"attention\.self\.(query|value)"
-EVERY_LINEAR = r"layers\.\d+\..*_proj$"
 CALIBRATION = 256  # sequences
 NO_DATA, IN_TURN, FROM_X = "linear, no data", "layer after layer", "from x"
 MERGED = (*merging.METHODS, NO_DATA, IN_TURN, FROM_X)
-Record = dict[str, Any]
+Judge = Callable[[nn.Module], Tensor]
 
 
-# --- Two more ways to calibrate, measured here and not kept ----------------------------------------------------------
+# --- Two more ways to calibrate, measured here and not kept ---------------------------------------
 
 
 def merge_in_turn(model: nn.Module, batches: Sequence[Any]) -> None:
-    """Calibrate every layer on the inputs that the layers before it, merged already, produce: one pass a layer."""
-    for name in list(core.layers(model)):
-        layer = core.layers(model)[name]
-        fitted = merging.fit(layer, "calibrated", merging.collect(model, batches)[name])
-        _fold(model, layer, *merging.merged_tensors(name, layer, fitted)[:2])
+    """Calibrate every layer on what the merged layers before it produce: one pass a layer."""
+    for name, layer in core.layers(model).items():
+        x = layer_inputs(model, [name], batches, padding=False)[name]
+        z = F.linear(x, layer.A.double())
+        slope, offset = regress(layer, x, z)
+        fold(model, name, slope @ layer.A.double(), offset)
+
+
+def merge_from_x(model: nn.Module, batches: Sequence[Any]) -> None:
+    """Least squares from x itself instead of z = A x: (d_in + r)^2 moments a layer, not (3 r)^2."""
+    layers = core.layers(model)
+    read = layer_inputs(model, list(layers), batches, padding=True)
+    for name, layer in layers.items():
+        fold(model, name, *regress(layer, read[name], read[name], ridge=1e-3))
 
 
 @torch.no_grad()
-def merge_from_x(model: nn.Module, batches: Sequence[Any]) -> None:
-    """Least squares from x itself instead of z = A x: (d_in + r)^2 moments a layer, of which z-space keeps (3 r)^2."""
-    layers = core.layers(model)
-    found = {name: merging.Moments(layer.in_features + layer.config.rank) for name, layer in layers.items()}
-
-    def watch(name: str, layer: core.AuroraLinear, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].reshape(-1, layer.in_features)
-        found[name].add(torch.cat([x, layer.anl(F.linear(x, layer.A))], 1))
-
-    hooks = [m.register_forward_pre_hook(functools.partial(watch, n, m)) for n, m in layers.items()]
+def layer_inputs(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Any], padding: bool
+) -> dict[str, Tensor]:
+    """What layers read (N, d_in), float64, with or without the places where there is no token."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
     for batch in batches:
-        model(**batch)
-    for hook in hooks:
-        hook.remove()
-    for name, layer in layers.items():
-        n, moments = layer.in_features, found[name]
-        second = moments.second(about_mean=True)
-        ridge = 1e-3 * second[:n, :n].diagonal().mean() * torch.eye(n, dtype=torch.float64)
-        slope = torch.linalg.solve(second[:n, :n] + ridge, second[:n, n:]).t()
-        offset = moments.mean[n:] - slope @ moments.mean[:n]
-        B, base = layer.scaling * layer.B.double(), layer.base
-        bias = B @ offset + (0 if base.bias is None else base.bias.double())
-        _fold(model, layer, layer.merged_weight(B @ slope), bias.float())
+        kept = batch["attention_mask"].bool() if not padding else ...
+
+        def watch(name: str, _: nn.Module, x: tuple[Tensor, ...], kept: Any = kept) -> None:
+            found[name].append(x[0][kept].flatten(0, -2))
+
+        with contextlib.ExitStack() as hooks:
+            for name in names:
+                look = functools.partial(watch, name)
+                layer = model.get_submodule(name)
+                hooks.callback(layer.register_forward_pre_hook(look).remove)
+            model(**batch)
+    return {name: torch.cat(rows).double() for name, rows in found.items()}
 
 
-def _fold(model: nn.Module, layer: core.AuroraLinear, weight: Tensor, bias: Tensor | None) -> None:
-    layer.base.weight = nn.Parameter(weight)
-    if bias is not None:
-        layer.base.bias = nn.Parameter(bias)
+@torch.no_grad()
+def regress(
+    layer: core.AuroraLinear, x: Tensor, features: Tensor, ridge: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(slope (r, k), offset (r,)) that bring features (N, k) nearest to sigma(A x), x (N, d_in).
+
+    ridge: added to their covariance, in units of the mean variance.
+    """
+    target = layer.anl(F.linear(x.to(layer.A.dtype), layer.A)).double()  # (N, r)
+    mean, middle = features.mean(0), target.mean(0)
+    centred = features - mean
+    gram = centred.t() @ centred / len(x)
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    cross = centred.t() @ (target - middle) / len(x)  # (k, r)
+    slope = (torch.linalg.pinv(gram, hermitian=True) @ cross).t()
+    return slope, middle - slope @ mean
+
+
+@torch.no_grad()
+def fold(model: nn.Module, name: str, slope: Tensor, offset: Tensor) -> None:
+    """Put the plain layer back, with `s B (slope x + offset)` in its weight and bias."""
+    layer = core.layers(model)[name]
+    B = layer.scaling * layer.B.double()
+    weight, bias = layer.merged_weight(B @ slope), B @ offset
     core.remove(model, [layer])
+    plain: Any = model.get_submodule(name)
+    if plain.bias is not None:
+        bias = bias + plain.bias.double()
+    plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias.to(weight.dtype))
 
 
-# --- One run ---------------------------------------------------------------------------------------------------------
+# --- Merging and comparing ------------------------------------------------------------------------
 
 
 def merge(model: nn.Module, method: str, batches: Sequence[Any]) -> None:
     """Merge by any of MERGED."""
     if method == NO_DATA:
-        merging.merge(model, "linear")
+        aurora.merge(model, "linear")
     elif method == IN_TURN:
         merge_in_turn(model, batches)
     elif method == FROM_X:
         merge_from_x(model, batches)
     else:
-        merging.merge(model, method, batches, held_out=batches[:1])
+        aurora.merge(model, method, batches, held_out=batches[:1])
 
 
 def compare(
-    model: nn.Module, judge: Callable[[nn.Module], Tensor], batches: Sequence[Any], methods: Sequence[str]
+    model: nn.Module, judge: Judge, batches: Sequence[Any], methods: Sequence[str]
 ) -> Record:
-    """Scores of every held-out unit: adapters off, dynamic, merged by each method; seconds of every merge."""
+    """Mean scores of the held-out units: adapters off, dynamic, merged by each method."""
     with torch.inference_mode():
         dynamic = judge(model)
         with aurora.disabled(model):
@@ -107,74 +147,129 @@ def compare(
         seconds = time.perf_counter() - start
         with torch.inference_mode():
             scores = judge(merged)
+        errors = (scores - dynamic).std(0) / math.sqrt(len(scores))
         found[method] = _mean(scores)
-        found[f"{method}, paired error"] = [float(e) for e in (scores - dynamic).std(0) / math.sqrt(len(scores))]
+        found[f"{method}, paired error"] = errors.tolist()
         found[f"{method}, seconds"] = seconds
     return found
 
 
 def _mean(scores: Tensor) -> list[float]:
-    return [float(x) for x in scores.mean(0)]
+    return scores.mean(0).tolist()
 
 
-def encoder_run(
-    corpus: str, rank: int, seed: int, texts: int, steps: int, penalty: float = 0.0, recommended: bool = False
-) -> Record:
-    """all-MiniLM-L6-v2 learns a corpus; scores (accuracy, -loss) of each held-out text that has a class.
+# --- One run --------------------------------------------------------------------------------------
 
-    penalty: weight of `watch_linearity`'s gap in the loss. recommended: the guide's setting instead of the paper's.
-    """
-    encoder, tokenizer = common.load_encoder()
-    learn, held = data.split(data.load(corpus))
-    scale = statistics.pstdev(s.rating for s in learn)
-    # By the hash of the id, like the split: no seed, no order.
-    learn, held = (data.split(side, share=min(1.0, texts / len(side)), salt="size")[1] for side in (learn, held))
-    training, judged = (common.tokenize(tokenizer, side, scale=scale) for side in (learn, held))
-    torch.manual_seed(seed)
-    model = common.Reader(encoder)
-    options = common.RECOMMENDED if recommended else {}
-    aurora.inject(model, QUERY_VALUE, rank, alpha=2.0 * rank, train=r"^head\.", **options)
-    groups = None
-    if recommended:
-        aurora.start_as_identity(model)
-        groups = aurora.parameter_groups(model, 5e-3)
-    learns = functools.partial(common.train, texts=training, steps=steps, lr=5e-3, seed=seed, groups=groups)
-    start = time.perf_counter()
-    if penalty:
-        with merging.watch_linearity(model) as gap:
-            learns(_Penalised(model, gap, penalty), label=corpus)
-    else:
-        learns(model, label=f"{corpus}, rank {rank}, seed {seed}")
-    epoch = (time.perf_counter() - start) * math.ceil(len(training.tokens) / 32) / steps
+PAPER, PENALTY = "", "penalty"  # the paper's setting, alone or with a penalty; or the guide's:
+GUIDE = "recommended"
+
+
+class Run(NamedTuple):
+    """All that fixes a run: a model learns a corpus with adapters of a rank in some setting."""
+
+    model: str
+    corpus: str
+    rank: int
+    seed: int
+    texts: int
+    steps: int
+    setting: str = PAPER
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables."""
+        what = f"{self.setting} {self.model} {self.corpus} rank={self.rank} seed={self.seed}"
+        return what.strip()
+
+    @property
+    def key(self) -> str:
+        """What its line is found by. Texts and steps of the language model have not been varied."""
+        if self.model == "SmolLM2":
+            return self.label
+        return f"{self.label} texts={self.texts} steps={self.steps}"
+
+    @property
+    def group(self) -> str:
+        """What it is averaged with."""
+        return f"{self.setting} {self.model} rank={self.rank}".strip()
+
+    def adapters(self) -> Setting:
+        """The row of its setting."""
+        return SETTINGS[RECOMMENDED] if self.setting == GUIDE else Setting("", "aurora", self.rank)
+
+
+def perform(run: Run) -> Record:
+    """Train, merge by several methods, judge."""
+    found = language_run(run) if run.model == "SmolLM2" else encoder_run(run)
+    return {"run": run.key} | found
+
+
+def encoder_run(run: Run) -> Record:
+    """MiniLM learns a corpus; scores (accuracy, -loss) of each held-out text that has a class."""
+    encoder, tokenizer = models.load_encoder()
+    training, judged = corpus_texts(tokenizer, run.corpus, run.texts)
+    torch.manual_seed(run.seed)
+    model = task.Reader(encoder)
     batches = training.inputs(CALIBRATION)
-
-    def judge(model: nn.Module) -> Tensor:
-        parts = []
-        for b in judged.batches(64):
-            logit = model(b.input_ids, b.attention_mask)[:, 0].double()
-            truth = (b.ratings > 0).double()
-            hit = ((logit > 0).double() == truth).double()
-            loss = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
-            parts.append(torch.stack([hit, -loss], 1)[b.ratings != 0])
-        return torch.cat(parts)
-
-    methods = (*merging.METHODS, NO_DATA) if recommended else merging.METHODS
-    if seed == 0 and rank == 2 and not (penalty or recommended):
-        methods = (*merging.METHODS, IN_TURN, FROM_X)
-    found = compare(model.eval(), judge, batches, methods)
+    prepare(model, run.adapters(), ENCODER, Sample(batches, [], rating_loss))
+    rates = groups(model, run.adapters(), 5e-3)
+    start, how = time.perf_counter(), {"steps": run.steps, "lr": 5e-3, "seed": run.seed}
+    if run.setting == PENALTY:
+        with aurora.watch_linearity(model) as gap:
+            train(Penalised(model, gap, 0.1), training, groups=rates, **how)  # type: ignore
+    else:
+        train(model, training, groups=rates, **how)  # type: ignore[arg-type]
+    epoch = (time.perf_counter() - start) * math.ceil(len(training.tokens) / 32) / run.steps
+    judge = functools.partial(text_scores, texts=judged)
+    found = compare(model.eval(), judge, batches, methods(run))
     return found | {"epoch seconds": epoch, "trained on": len(training.tokens)}
 
 
-class _Penalised(nn.Module):
-    """Adds a multiple of the gap to the first output's graph, so that the common training loop need not know of it."""
+def methods(run: Run) -> tuple[str, ...]:
+    """The ways to merge that are compared in a run."""
+    if run.setting == GUIDE:
+        return (*merging.METHODS, NO_DATA)
+    if run.setting == PAPER and run.model == "MiniLM" and (run.rank, run.seed) == (2, 0):
+        return (*merging.METHODS, IN_TURN, FROM_X)
+    return merging.METHODS
+
+
+def corpus_texts(tokenizer: Any, corpus: str, count: int) -> tuple[task.Texts, task.Texts]:
+    """(to learn from, held out), about `count` each, by a hash of their ids: no seed, no order."""
+    learn, held = data.split(data.load(corpus))
+    scale = statistics.pstdev(s.rating for s in learn)
+    sides = []
+    for side in (learn, held):
+        part = data.split(side, share=min(1.0, count / len(side)), salt="size")[1]
+        sides.append(task.tokenize(tokenizer, part, scale=scale))
+    return sides[0], sides[1]
+
+
+def text_scores(model: nn.Module, texts: task.Texts) -> Tensor:
+    """(accuracy, -loss) of each text that has a class, (N, 2)."""
+    parts = []
+    for batch in texts.batches(64):
+        logit = model(batch.input_ids, batch.attention_mask)[:, 0].double()
+        truth = (batch.ratings > 0).double()
+        hit = ((logit > 0).double() == truth).double()
+        loss = F.binary_cross_entropy_with_logits(logit, truth, reduction="none")
+        parts.append(torch.stack([hit, -loss], 1)[batch.ratings != 0])
+    return torch.cat(parts)
+
+
+class Penalised(nn.Module):
+    """Adds a multiple of the gap to the first output's graph: the training loop need not know."""
 
     def __init__(self, model: nn.Module, gap: Callable[[], Tensor], weight: float) -> None:
         super().__init__()
         self.model, self.gap, self.weight = model, gap, weight
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """As the model's, with the penalty in the graph while training."""
         out: Tensor = self.model(*inputs)
-        return _WithPenalty.apply(out, self.weight * self.gap()) if torch.is_grad_enabled() else out  # type: ignore
+        if not torch.is_grad_enabled():
+            return out
+        return _WithPenalty.apply(out, self.weight * self.gap())  # type: ignore
 
 
 class _WithPenalty(torch.autograd.Function):
@@ -187,146 +282,163 @@ class _WithPenalty(torch.autograd.Function):
         return grad, torch.ones((), dtype=grad.dtype)
 
 
-def language_run(rank: int, seed: int, texts: int, steps: int, length: int = 48) -> Record:
-    """SmolLM2-135M learns to continue editorial snippets, all linear layers adapted; score -loss of each text."""
-    model, tokenizer = common.load_smollm2()
-    learn, held = data.split(data.load("editorials"))
-    training, judged = (common.chunks(tokenizer, side, n, length) for side, n in ((learn, texts), (held, 64)))
-    torch.manual_seed(seed)
-    aurora.inject(model, EVERY_LINEAR, rank, alpha=2.0 * rank)
-    seconds = common.train_language(
-        model, training, aurora.parameters(model), steps=steps, lr=2e-3, seed=seed, label=f"SmolLM2, rank {rank}"
-    )
-    epoch = seconds * len(training) / 8 / steps
+def language_run(run: Run) -> Record:
+    """SmolLM2-135M learns to continue texts, all linear layers adapted; score -loss of each."""
+    model, tokenizer = models.load_smollm2()
+    learn, held = data.split(data.load(run.corpus))
+    training = task.chunks(tokenizer, learn, run.texts, 48)
+    judged = task.chunks(tokenizer, held, 64, 48)
+    torch.manual_seed(run.seed)
     batches = [{"input_ids": part} for part in training[:CALIBRATION].split(16)]
+    prepare(model, run.adapters(), LANGUAGE_MODEL, Sample(batches, [], next_token_loss))
+    trained = aurora.parameters(model)
+    how = {"steps": run.steps, "lr": 2e-3, "seed": run.seed}
+    seconds = train_language(model, training, trained, **how)  # type: ignore[arg-type]
 
     def judge(model: nn.Module) -> Tensor:
-        return torch.cat([-common.next_token_loss(model, part).double() for part in judged.split(16)]).unsqueeze(1)
+        losses = [next_token_losses(model, part).double() for part in judged.split(16)]
+        return -torch.cat(losses).unsqueeze(1)
 
-    found = compare(model.eval(), judge, batches, merging.METHODS)
+    found = compare(model.eval(), judge, batches, methods(run))
+    epoch = seconds * len(training) / 8 / run.steps
     return found | {"epoch seconds": epoch, "trained on": len(training)}
 
 
-# --- All runs --------------------------------------------------------------------------------------------------------
+# --- All runs -------------------------------------------------------------------------------------
 
 
-def plan(quick: bool) -> Iterator[tuple[str, Callable[[], Record]]]:
-    """Every run with its key; the key says all that fixes it."""
-    texts, steps = (200, 10) if quick else (1500, 100)
+def plan(quick: bool) -> list[Run]:
+    """Every run."""
+    amount, corpora = (200, 10) if quick else (1500, 100), tuple(data.CORPORA)
+    runs: list[Run] = []
     for seed in (0,) if quick else (0, 1, 2):
         for rank in (2, 8):
-            for corpus in data.CORPORA:
-                key = f"MiniLM {corpus} rank={rank} seed={seed} texts={texts} steps={steps}"
-                yield key, functools.partial(encoder_run, corpus, rank, seed, texts, steps)
+            runs += [Run("MiniLM", corpus, rank, seed, *amount) for corpus in corpora]
         if quick:
             continue
-        for corpus in data.CORPORA:
-            key = f"recommended MiniLM {corpus} rank=2 seed={seed} texts={texts} steps={steps}"
-            yield key, functools.partial(encoder_run, corpus, 2, seed, texts, steps, recommended=True)
+        runs += [Run("MiniLM", corpus, 2, seed, *amount, GUIDE) for corpus in corpora]
         if seed == 0:
-            for rank in (2, 8):
-                yield f"SmolLM2 editorials rank={rank} seed=0", functools.partial(language_run, rank, 0, 1024, 40)
-            for corpus in ("movies", "tweets"):
-                key = f"penalty MiniLM {corpus} rank=2 seed=0 texts={texts} steps={steps}"
-                yield key, functools.partial(encoder_run, corpus, 2, 0, texts, steps, 0.1)
+            runs += [Run("SmolLM2", "editorials", rank, 0, 1024, 40) for rank in (2, 8)]
+            few = ("movies", "tweets")
+            runs += [Run("MiniLM", corpus, 2, 0, *amount, PENALTY) for corpus in few]
+    return runs
 
 
-def kept(records: Sequence[Record], method: str, score: int) -> tuple[float, float]:
-    """(gain kept, its standard error over runs): the mean of merged - off over the mean of dynamic - off."""
-    gains = [r["dynamic"][score] - r["off"][score] for r in records]
-    merged = [r[method][score] - r["off"][score] for r in records]
-    share = statistics.fmean(merged) / statistics.fmean(gains)
-    # The delta method: the error of a ratio of means is that of the mean of what the ratio leaves unexplained.
+# --- The report -----------------------------------------------------------------------------------
+
+
+def kept(found: Sequence[Record], method: str, score: int) -> tuple[float, float]:
+    """(gain kept, its error over runs): mean of merged - off over mean of dynamic - off."""
+    gains = [r["dynamic"][score] - r["off"][score] for r in found]
+    merged = [r[method][score] - r["off"][score] for r in found]
+    gain = statistics.fmean(gains)
+    share = statistics.fmean(merged) / gain
+    if len(found) == 1:
+        return share, math.nan
+    # The delta method: a ratio of means errs as the mean of what the ratio leaves unexplained.
     left = [m - share * g for m, g in zip(merged, gains, strict=True)]
-    error = statistics.stdev(left) / math.sqrt(len(left)) / abs(statistics.fmean(gains)) if len(left) > 1 else math.nan
-    return share, error
+    return share, statistics.stdev(left) / math.sqrt(len(left)) / abs(gain)
 
 
-def gains_table(groups: dict[str, list[Record]]) -> str:
+def gains_table(grouped: Mapping[str, Sequence[Record]]) -> str:
     """Gain kept by group and method, in accuracy and in loss."""
     rows = []
-    for group, records in groups.items():
-        for score, label in ((0, "accuracy"), (1, "loss")) if len(records[0]["off"]) > 1 else ((0, "loss"),):
-            cells = []
-            for method in MERGED:
-                if not all(method in r for r in records):
-                    cells.append("-")
-                    continue
-                share, error = kept(records, method, score)
-                cells.append(f"{share:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}"))
-            gain = statistics.fmean(abs(r["dynamic"][score] - r["off"][score]) for r in records)
-            rows.append([f"{group}, {label}", len(records), f"{gain:.3f}", *cells])
-    return common.markdown_table(["gain kept", "runs", "gain of training", *MERGED], rows)
+    for group, found in grouped.items():
+        both = len(found[0]["off"]) > 1
+        for score, label in enumerate(("accuracy", "loss") if both else ("loss",)):
+            gain = statistics.fmean(abs(r["dynamic"][score] - r["off"][score]) for r in found)
+            cells = [_kept_cell(found, method, score) for method in MERGED]
+            rows.append([f"{group}, {label}", len(found), f"{gain:.3f}", *cells])
+    return markdown_table(["gain kept", "runs", "gain of training", *MERGED], rows)
 
 
-def scores_table(records: dict[str, Record]) -> str:
+def _kept_cell(found: Sequence[Record], method: str, score: int) -> str:
+    if not all(method in record for record in found):
+        return "-"
+    share, error = kept(found, method, score)
+    return f"{share:.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+
+
+def scores_table(found: Mapping[Run, Record]) -> str:
     """Every run: off, dynamic, merged, and the paired error of merged - dynamic."""
     rows = []
-    for run, r in records.items():
+    for run, r in found.items():
         unit = 100 if len(r["off"]) > 1 else 1
-        cells = [f"{unit * r[m][0]:.2f}" for m in ("off", "dynamic")]
+        cells = [f"{unit * r[method][0]:.2f}" for method in ("off", "dynamic")]
         for method in merging.METHODS:
-            cells.append(f"{unit * r[method][0]:.2f} ({unit * r[f'{method}, paired error'][0]:.2f})")
+            error = unit * r[f"{method}, paired error"][0]
+            cells.append(f"{unit * r[method][0]:.2f} ({error:.2f})")
         cost = r["calibrated, seconds"] / r["epoch seconds"]
-        rows.append([run.partition(" texts=")[0], *cells, r["units"], f"{cost:.1%}"])
+        rows.append([run.label, *cells, r["units"], f"{cost:.1%}"])
     header = ["run", "off", "dynamic", *merging.METHODS, "held out", "calibration, of an epoch"]
-    return common.markdown_table(header, rows)
+    return markdown_table(header, rows)
 
 
-def report(out: Path, records: dict[str, Record]) -> Path:
-    """Write the tables and the picture from the lines."""
+def grouped(found: Mapping[Run, Record]) -> dict[str, list[Record]]:
+    """Records by what they are averaged with; those that tried every method also by themselves."""
     groups: dict[str, list[Record]] = {}
-    for run, record in records.items():
-        details = ("seed=", "texts=", "steps=", *data.CORPORA)
-        groups.setdefault(" ".join(w for w in run.split() if not w.startswith(details)), []).append(record)
+    for run, record in found.items():
+        groups.setdefault(run.group, []).append(record)
         if IN_TURN in record:
             groups.setdefault("all five methods, rank=2 seed=0", []).append(record)
-    with common.picture(out / "merging.png") as (axes,):
+    return groups
+
+
+def draw(path: Path, groups: Mapping[str, Sequence[Record]]) -> None:
+    """Gain kept in the first score by group and method."""
+    with picture(path) as (axes,):
         for i, method in enumerate(merging.METHODS):
-            values = [kept(records_, method, 0)[0] for records_ in groups.values()]
-            axes.bar([j + 0.27 * (i - 1) for j in range(len(groups))], values, 0.27, label=method)
+            values = [kept(found, method, 0)[0] for found in groups.values()]
+            places = [j + 0.27 * (i - 1) for j in range(len(groups))]
+            axes.bar(places, values, 0.27, label=method)
         axes.axhline(1, color="gray", lw=0.8)
-        axes.set_xticks(range(len(groups)), [g.replace(" ", "\n") for g in groups], fontsize="x-small")
+        labels = [group.replace(" ", "\n") for group in groups]
+        axes.set_xticks(range(len(groups)), labels, fontsize="x-small")
         axes.set(ylabel="share of the gain of training that is kept")
         axes.legend()
-    parts = [READING, gains_table(groups), scores_table(records)]
-    return common.write_report(out, "merging", "What a merge keeps", parts)
+
+
+def report(out: Path, found: Mapping[Run, Record]) -> Path:
+    """Write the tables and the picture from the lines."""
+    groups = grouped(found)
+    draw(out / "merging.png", groups)
+    parts = [READING, gains_table(groups), scores_table(found)]
+    where = records.machines(found.values())
+    return write_report(out, "merging", "What a merge keeps", parts, measured_on=where)
 
 
 READING = (
-    "Gain kept: (merged - off) / (dynamic - off), a ratio of means over the runs, with its standard error over runs. "
-    "Static: the paper's merge. Linear: first order at the mean of the calibration data. Calibrated: least squares on "
-    f"{CALIBRATION} training sequences. Linear, no data: first order at 0. Layer after layer: calibrated in turn on "
-    "what merged layers produce. From x: least squares from the layer's input instead of its hidden vector. Penalty: "
-    "trained with 0.1 times `watch_linearity`'s gap in the loss. Recommended: the guide's setting, not the paper's. "
-    "In the table of runs, accuracy in percent (for SmolLM2 minus the next-token loss in nats), in brackets the "
-    "standard error of the paired difference to dynamic on the same held-out texts."
+    "Gain kept: (merged - off) / (dynamic - off), a ratio of means over the runs, with its "
+    "standard error over runs. Static: the paper's merge. Linear: first order at the mean of the "
+    f"calibration data. Calibrated: least squares on {CALIBRATION} training sequences. Linear, no "
+    "data: first order at 0. Layer after layer: calibrated in turn on what merged layers produce. "
+    "From x: least squares from the layer's input instead of its hidden vector. Penalty: trained "
+    "with 0.1 times `watch_linearity`'s gap in the loss. Recommended: the guide's setting instead "
+    "of the paper's. In the table of runs, accuracy in percent (for SmolLM2 minus the next-token "
+    "loss in nats), in brackets the standard error of the paired difference to dynamic on the "
+    "same held-out texts."
 )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    quick = "one seed, few texts and steps, MiniLM only, written to a folder `quick`"
-    return common.sweep_parser("merging", __doc__, quick, jobs=False).parse_args(argv)
+    quick = "one seed, few texts and steps, MiniLM only"
+    parser = command.parser("merging", __doc__, quick)
+    command.add_runs(parser, jobs=1)  # a merge is timed against an epoch of training
+    return command.parse(parser, argv)
 
 
 def main(argv: Sequence[str]) -> None:
     """Run what has no line yet, then print and write the report."""
     options = parse(argv)
-    common.use_all_cores()
-    out = options.out / "quick" if options.quick else options.out
-    path = out / "merging.jsonl"
-    start = time.perf_counter()
-    for run, call in plan(options.quick):
-        if run in common.lines(path):
-            continue
-        if time.perf_counter() - start > 60 * options.minutes:
-            break
-        common.append(path, {"run": run} | call() | {"machine": common.machine()})
-    wanted = [run for run, _ in plan(options.quick)]
-    found = {run: record for run, record in common.lines(path).items() if run in wanted}
-    if not found:
-        raise common.BenchmarkError(f"{path} holds no run yet: give it more --minutes")
-    written = report(out, found)
+    runs, path = plan(options.quick), options.out / "merging.jsonl"
+
+    def pending(lines: Lines) -> Iterator[Run]:
+        return (run for run in runs if run.key not in lines)
+
+    lines = records.gather(path, options, pending, perform)
+    known = {run.key: run for run in runs}
+    found = {known[key]: record for key, record in lines.items() if key in known}
+    written = report(options.out, found)
     print(written.read_text(encoding="utf-8"))
-    print(f"{len(found)} of {len(wanted)} runs, written to {written}")
+    print(f"{len(found)} of {len(runs)} runs, written to {written}")

@@ -1,7 +1,8 @@
 """Counting parameters: what does each adapter train, on the models of the paper and on yours?
 
-Every number is counted on adapters built around the layers of the real model, whose weights stay on the meta device: no
-download, no memory. The models are written out as configurations; `--model` counts a local folder of your own.
+Every number is counted on adapters built around the layers of the real model, whose weights stay
+on the meta device: no download, no memory. The models are written out as configurations; `--model`
+counts a local folder of your own.
 """
 
 from __future__ import annotations
@@ -17,15 +18,23 @@ import torch
 from torch import nn
 
 import aurora
-from benchmarks import common
-from benchmarks.baselines import LoRALinear
-from benchmarks.common import BenchmarkError, need
+from benchmarks.lab import options as command
+from benchmarks.lab.baselines import LoRALinear
+from benchmarks.lab.models import check_folder
+from benchmarks.lab.needs import BenchmarkError, need, progress
+from benchmarks.lab.report import markdown_table, picture, write_report
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-QUERY_VALUE = r"attention\.(self|attention)\.(query|value)$|attention\.[qv]_proj$"  # ViT's names differ by release
+# ViT's names differ by release.
+QUERY_VALUE = r"attention\.(self|attention)\.(query|value)$|attention\.[qv]_proj$"
 
 ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
-LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
 LLAMA_3_8B = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -51,7 +60,7 @@ SDXL = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model on the meta device, the layers to adapt, the LoRA rank the paper compares with, and its two figures."""
+    """A model on the meta device, layers to adapt, the paper's rank of LoRA, its two figures."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -61,10 +70,11 @@ class Case:
 
 
 def encoder(kind: str, options: Mapping[str, Any]) -> nn.Module:
-    """transformers' `<kind>Model` of `<kind>Config(**options)`, on the meta device: shapes without numbers."""
+    """transformers' `<kind>Model` of `<kind>Config(**options)` on the meta device: shapes alone."""
     transformers = need("transformers")
     with torch.device("meta"):
-        model: nn.Module = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**options))
+        config = getattr(transformers, f"{kind}Config")(**options)
+        model: nn.Module = getattr(transformers, f"{kind}Model")(config)
     return model
 
 
@@ -77,8 +87,20 @@ def unet() -> nn.Module:
 
 
 CASES = (
-    Case("RoBERTa-base", functools.partial(encoder, "Roberta", ROBERTA), QUERY_VALUE, 8, ("0.075M", "0.3M")),
-    Case("RoBERTa-large", functools.partial(encoder, "Roberta", ROBERTA | LARGE), QUERY_VALUE, 8, ("0.2M", "0.8M")),
+    Case(
+        "RoBERTa-base",
+        functools.partial(encoder, "Roberta", ROBERTA),
+        QUERY_VALUE,
+        8,
+        ("0.075M", "0.3M"),
+    ),
+    Case(
+        "RoBERTa-large",
+        functools.partial(encoder, "Roberta", ROBERTA | LARGE),
+        QUERY_VALUE,
+        8,
+        ("0.2M", "0.8M"),
+    ),
     Case("ViT-base", functools.partial(encoder, "ViT", {}), QUERY_VALUE, 16, ("74K", "581K")),
     Case("ViT-large", functools.partial(encoder, "ViT", LARGE), QUERY_VALUE, 16, ("197K", "1.57M")),
     Case(
@@ -93,9 +115,11 @@ CASES = (
 
 
 def from_folder(folder: str, targets: str) -> Case:
-    """A case of a local Hugging Face folder, of which only config.json is read. Raises BenchmarkError without one."""
-    if not (Path(folder) / "config.json").is_file():
-        raise BenchmarkError(f"no model at {folder!r}: give a local Hugging Face folder, one with a config.json")
+    """A case of a local Hugging Face folder, of which only config.json is read.
+
+    Raises BenchmarkError without one.
+    """
+    path = check_folder(folder)
 
     def build() -> nn.Module:
         transformers = need("transformers")
@@ -103,12 +127,12 @@ def from_folder(folder: str, targets: str) -> Case:
         with torch.device("meta"):
             return transformers.AutoModel.from_config(config)  # type: ignore[no-any-return]
 
-    return Case(Path(folder).resolve().name, build, targets)
+    return Case(path.resolve().name, build, targets)
 
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters of the model, layers adapted, and trainable parameters by method ("AuroRA", ...) and rank."""
+    """Parameters of a model, layers adapted, trainable parameters by method and rank."""
 
     model: int
     layers: int
@@ -116,103 +140,110 @@ class Count:
 
 
 def count(case: Case, ranks: Sequence[int] = RANKS) -> Count:
-    """Build every adapter around every matching layer of the model and count. BenchmarkError if none matches."""
+    """Adapt every matching layer of the model and count. BenchmarkError if none matches."""
     model = case.build()
     total = sum(p.numel() for p in model.parameters())
-    try:
-        layers = [layer.base for layer in aurora.inject(model, case.targets).layers.values()]
-    except (ValueError, TypeError) as error:
-        raise BenchmarkError(f"--targets: {error}") from error
-    methods: dict[str, Callable[[Any, int], nn.Module]] = {
-        "AuroRA": lambda base, rank: aurora.AuroraLinear(base, rank),
-        "LoRA": lambda base, rank: LoRALinear(base, rank, 2 * rank),
-        "MoSLoRA": lambda base, rank: LoRALinear(base, rank, 2 * rank, mixer=True),
-    }
-    sizes = {m: {r: sum(own(make(layer, r)) for layer in layers) for r in ranks} for m, make in methods.items()}
+    ours: dict[int, int] = {}
+    for rank in ranks:
+        try:
+            done = aurora.inject(model, case.targets, rank)
+        except (ValueError, TypeError) as error:
+            raise BenchmarkError(f"--targets: {error}") from error
+        ours[rank] = done.trainable
+        aurora.remove(model)
+    layers: list[Any] = [model.get_submodule(name) for name in done.layers]
+    sizes = {"AuroRA": ours}
+    for method, mixer in (("LoRA", False), ("MoSLoRA", True)):
+        sizes[method] = {}
+        for rank in ranks:
+            adapters = (LoRALinear(layer, rank, 2 * rank, mixer) for layer in layers)
+            sizes[method][rank] = sum(map(own, adapters))
     return Count(total, len(layers), sizes)
 
 
 def own(adapter: nn.Module) -> int:
     """Parameters of an adapter that are not its base layer's."""
-    return sum(p.numel() for name, p in adapter.named_parameters() if not name.startswith("base."))
+    named = adapter.named_parameters()
+    return sum(p.numel() for name, p in named if not name.startswith("base."))
 
 
 def against_paper(counts: Mapping[Case, Count]) -> str:
     """One row a model: AuroRA at rank 2 and LoRA at the paper's rank, ours and the paper's."""
-    rows = [
-        [
-            case.name,
-            f"{n.model:,}",
-            n.layers,
-            f"{n.trainable['AuroRA'][2]:,}",
-            case.paper[0],
-            f"{n.trainable['LoRA'][case.lora_rank]:,} (r={case.lora_rank})",
-            case.paper[1],
-            f"{n.trainable['AuroRA'][2] / n.trainable['LoRA'][case.lora_rank]:.2%}",
-        ]
-        for case, n in counts.items()
-    ]
-    header = ["model", "parameters", "layers", "AuroRA r=2", "paper", "LoRA", "paper", "AuroRA / LoRA"]
-    return common.markdown_table(header, rows)
+    rows = []
+    for case, n in counts.items():
+        ours, theirs = n.trainable["AuroRA"][2], n.trainable["LoRA"][case.lora_rank]
+        counted = (f"{ours:,}", case.paper[0], f"{theirs:,} (r={case.lora_rank})", case.paper[1])
+        rows.append([case.name, f"{n.model:,}", n.layers, *counted, f"{ours / theirs:.2%}"])
+    header = ["model", "parameters", "layers", "AuroRA r=2", "paper", "LoRA", "paper"]
+    return markdown_table([*header, "AuroRA / LoRA"], rows)
 
 
 def by_rank(counts: Mapping[Case, Count]) -> str:
     """One row a model and method, one column a rank."""
-    rows = [
-        [case.name, method, *(f"{sizes[rank]:,}" for rank in RANKS)]
-        for case, n in counts.items()
-        for method, sizes in n.trainable.items()
-    ]
-    return common.markdown_table(["model", "method", *(f"r={rank}" for rank in RANKS)], rows)
+    rows = []
+    for case, n in counts.items():
+        for method, sizes in n.trainable.items():
+            rows.append([case.name, method, *(f"{sizes[rank]:,}" for rank in RANKS)])
+    return markdown_table(["model", "method", *(f"r={rank}" for rank in RANKS)], rows)
 
 
 def draw(path: Path, counts: Mapping[Case, Count]) -> None:
-    """Left: AuroRA at rank 2 beside LoRA at the paper's rank. Right: what AuroRA's nonlinear layer adds to LoRA."""
-    with common.picture(path, columns=2) as (left, right):
+    """Left: AuroRA beside LoRA at the paper's ranks. Right: what the nonlinear layer adds."""
+    names = [case.name for case in counts]
+    with picture(path, columns=2) as (left, right):
         for i, (case, n) in enumerate(counts.items()):
             lora, ours = n.trainable["LoRA"], n.trainable["AuroRA"]
-            left.barh(
-                i + 0.2, lora[case.lora_rank], 0.4, color="C0", label="LoRA, rank of the paper" if i == 0 else None
-            )
-            left.barh(i - 0.2, ours[2], 0.4, color="C1", label="AuroRA r=2" if i == 0 else None)
-            left.text(ours[2], i - 0.2, f" {ours[2] / lora[case.lora_rank]:.1%}", va="center", fontsize=8)
-            right.plot(RANKS, [100 * (ours[r] / lora[r] - 1) for r in RANKS], "o-", label=case.name)
-        left.set(xscale="log", xlabel="trainable parameters", yticks=range(len(counts)))
-        left.set_yticklabels([case.name for case in counts])
+            theirs, labels = lora[case.lora_rank], ("LoRA, rank of the paper", "AuroRA r=2")
+            labels = labels if i == 0 else ("", "")  # once in the legend
+            left.barh(i + 0.2, theirs, 0.4, color="C0", label=labels[0])
+            left.barh(i - 0.2, ours[2], 0.4, color="C1", label=labels[1])
+            left.text(ours[2], i - 0.2, f" {ours[2] / theirs:.1%}", va="center", fontsize=8)
+            above = [100 * (ours[rank] / lora[rank] - 1) for rank in RANKS]
+            right.plot(RANKS, above, "o-", label=case.name)
+        left.set(xscale="log", xlabel="trainable parameters", yticks=range(len(names)))
+        left.set_yticklabels(names)
         left.invert_yaxis()
         left.set_xlim(left=left.get_xlim()[0] / 4)
         left.legend(loc="upper right", fontsize=8)
-        right.set(xscale="log", xlabel="rank", ylabel="parameters above LoRA's at equal rank, %", xticks=RANKS)
+        label = "parameters above LoRA's at equal rank, %"
+        right.set(xscale="log", xlabel="rank", ylabel=label, xticks=RANKS)
         right.set_xticks([], minor=True)
         right.set_xticklabels(RANKS)
         right.legend(fontsize=8)
 
 
+READING = (
+    "Trainable parameters of the adapters, without task heads; models are counted bare, without "
+    "output heads. The paper compares AuroRA at rank 2 with LoRA at the rank named, and rounds "
+    "(589,824 is nearer to 590K than to its 581K); it gives no count for SDXL, where LoRA at rank "
+    "16 is our choice. An AuroRA layer has r (d_in + d_out) + r² + r (G + k) parameters, of which "
+    "the nonlinear layer is the last two terms: 20 at rank 2. MoSLoRA has r (d_in + d_out) + r², "
+    "LoRA r (d_in + d_out)."
+)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = command.parser("parameters", __doc__, "only the two base encoders")
+    told = "count this local Hugging Face folder (its config.json), written to a folder `model`"
+    parser.add_argument("--model", help=told)
+    told = "regex of its layers to adapt (default: %(default)s)"
+    parser.add_argument("--targets", default=QUERY_VALUE, help=told)
+    options = command.parse(parser, argv)
+    if options.model:
+        options.out /= "model"
+    return options
+
+
 def main(argv: Sequence[str]) -> None:
     """Count, print the tables, write them and the picture to `--out`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks parameters", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument(
-        "--model", help="count this local Hugging Face folder (its config.json), written to a folder `model`"
-    )
-    parser.add_argument("--targets", default=QUERY_VALUE, help="regex of its layers to adapt (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="only the two base encoders, written to a folder `quick`")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of report and picture")
-    options = parser.parse_args(argv)
-    cases = (
-        (from_folder(options.model, options.targets),) if options.model else CASES[::2][:2] if options.quick else CASES
-    )
-    out = options.out / ("model" if options.model else "quick" if options.quick else "")
-    counts = {case: count(case) for case in need("tqdm").tqdm(cases, unit="model")}
-    draw(out / "parameters.png", counts)
-    reading = (
-        "Trainable parameters of the adapters, without task heads; models are counted bare, without output heads. "
-        "The paper compares AuroRA at rank 2 with LoRA at the rank named, and rounds (589,824 is nearer to 590K "
-        "than to its 581K); it gives no count for SDXL, where LoRA at rank 16 is our choice. An AuroRA layer has r "
-        "(d_in + d_out) + r² + r (G + k) parameters, of which the nonlinear layer is the last two terms: 20 at rank "
-        "2. MoSLoRA has r (d_in + d_out) + r², LoRA r (d_in + d_out)."
-    )
-    tables = [against_paper(counts), by_rank(counts)]
-    path = common.write_report(out, "parameters", "Trainable parameters", [tables[0], reading, tables[1]])
-    print(f"{tables[0]}\n\nwritten to {path}")
+    options = parse(argv)
+    cases = (CASES[0], CASES[2]) if options.quick else CASES
+    if options.model:
+        cases = (from_folder(options.model, options.targets),)
+    counts = {case: count(case) for case in progress(cases, "counting", unit="model")}
+    draw(options.out / "parameters.png", counts)
+    table = against_paper(counts)
+    parts = [table, READING, by_rank(counts)]
+    path = write_report(options.out, "parameters", "Trainable parameters", parts)
+    print(f"{table}\n\nwritten to {path}")

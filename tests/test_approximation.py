@@ -7,8 +7,10 @@ import torch
 from test_benchmarks import folder  # noqa: F401 (fixture)
 
 import aurora
-from benchmarks import approximation, common
+from benchmarks import approximation
 from benchmarks.approximation import Adapter, Points, Run
+from benchmarks.lab import needs, records
+from benchmarks.lab.models import load_encoder
 
 
 def white(width: int, points: int, seed: int = 0) -> torch.Tensor:
@@ -28,7 +30,9 @@ def test_best_linear_is_the_truncated_svd_on_white_inputs(rank: int) -> None:
     X, M = white(6, 200), approximation.gaussian(6, 1, 6)
     A, B = approximation.best_linear(Points(X, M @ X), rank)
     s = torch.linalg.svdvals(M)
-    assert approximation.error(A @ X, B, M @ X) == pytest.approx(float(s[rank:].square().sum() / s.square().sum()))
+    assert approximation.error(A @ X, B, M @ X) == pytest.approx(
+        float(s[rank:].square().sum() / s.square().sum())
+    )
 
 
 def test_nothing_linear_beats_best_linear_on_inputs_that_are_not_white() -> None:
@@ -76,7 +80,9 @@ def test_the_gradient_is_that_of_the_error_with_the_best_b(small: None) -> None:
 
     def best(A: torch.Tensor) -> float:
         phi = adapter.anl.columns(A @ points.X)  # type: ignore[union-attr]
-        return approximation.error(phi, approximation.solve(phi @ phi.t(), phi @ points.Y.t()), points.Y)
+        return approximation.error(
+            phi, approximation.solve(phi @ phi.t(), phi @ points.Y.t()), points.Y
+        )
 
     with torch.no_grad():
         A, direction = adapter.A.clone(), approximation.gaussian(2, 5, 6)
@@ -86,7 +92,7 @@ def test_the_gradient_is_that_of_the_error_with_the_best_b(small: None) -> None:
     assert adapter.A.grad is not None
     assert float((adapter.A.grad * direction).sum()) == pytest.approx(slope, rel=1e-5)
     assert approximation.objective(adapter, points).item() == pytest.approx(start, rel=1e-9)
-    assert approximation._descend(adapter, points)[0] < start
+    assert approximation.descend(adapter, points)[0] < start
 
 
 def test_what_finetuning_changed_is_read_off_real_layers(
@@ -94,14 +100,17 @@ def test_what_finetuning_changed_is_read_off_real_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "encoder.layer.1.attention.self.value"
-    before, after = (common.load_encoder(folder)[0] for _ in range(2))
+    before, after = (load_encoder(folder)[0] for _ in range(2))
     with torch.no_grad():
         for p in after.encoder.layer.parameters():  # type: ignore[union-attr, operator]
             p.add_(0.05 * torch.randn_like(p))
-    batch = {"input_ids": torch.randint(5, 17, (4, 7)), "attention_mask": torch.ones(4, 7, dtype=torch.long)}
+    batch = {
+        "input_ids": torch.randint(5, 17, (4, 7)),
+        "attention_mask": torch.ones(4, 7, dtype=torch.long),
+    }
     batch["attention_mask"][0, 3:] = 0
     monkeypatch.setattr(approximation, "finetuned", lambda: (before, after))
-    monkeypatch.setattr(approximation, "_texts", lambda: [[batch], [batch]])
+    monkeypatch.setattr(approximation, "texts", lambda: [[batch], [batch]])
     approximation.layer_points.cache_clear()
     update, _ = approximation.layer_points(name, "update")
     change, _ = approximation.layer_points(name, "change")
@@ -115,7 +124,9 @@ def test_what_finetuning_changed_is_read_off_real_layers(
         after(**batch)
     hook.remove()
     base = W[0] @ update.X + before.get_submodule(name).bias.detach().double()[:, None]
-    torch.testing.assert_close(change.Y + base, seen[0][batch["attention_mask"].bool()].double().t(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        change.Y + base, seen[0][batch["attention_mask"].bool()].double().t(), atol=1e-5, rtol=0
+    )
     assert not torch.allclose(change.Y, update.Y, atol=1e-3)
 
 
@@ -129,22 +140,28 @@ def test_plan_has_every_question_and_no_run_twice() -> None:
 
 
 def test_the_report_counts_what_the_records_say(small: None, tmp_path) -> None:
-    runs = [r for r in approximation.plan(quick=True) if r.target in ("tanh teacher", "decaying 2^-i")]
-    records = [approximation.perform(run) for run in runs]
-    records += [{**records[0], **Run("grid", "sine teacher", "Gaussian", "summed", 2, n)._asdict()} for n in (2, 4)]
-    records += [{**records[0], "part": "change", "target": approximation.LAYERS[0], "converged": False}]
-    text = approximation.report(tmp_path, records).read_text(encoding="utf-8")
+    runs = [
+        r for r in approximation.plan(quick=True) if r.target in ("tanh teacher", "decaying 2^-i")
+    ]
+    fits = [approximation.perform(run) for run in runs]
+    grids = [Run("grid", "sine teacher", "Gaussian", "summed", 2, n) for n in (2, 4)]
+    fits += [{**fits[0], **run._asdict()} for run in grids]
+    change = {"part": "change", "target": approximation.LAYERS[0], "converged": False}
+    fits += [{**fits[0], **change}]
+    text = approximation.report(tmp_path, fits).read_text(encoding="utf-8")
     assert "10 times less error than LoRA's best in 1 of 1" in text
-    assert f"of {len(records)} fits" in text
+    assert f"of {len(fits)} fits" in text
     assert "*" in next(line for line in text.splitlines() if line.startswith("| change of 0.query"))
     assert (tmp_path / "approximation.png").stat().st_size > 1000
 
 
-def test_the_command_goes_on_from_its_lines_and_says_when_there_are_none(small: None, tmp_path, capsys) -> None:
+def test_the_command_goes_on_from_its_lines_and_says_when_there_are_none(
+    small: None, tmp_path, capsys
+) -> None:
     arguments = ["--quick", "--minutes", "0", "--out", str(tmp_path)]
-    with pytest.raises(common.BenchmarkError, match="give it more --minutes"):
+    with pytest.raises(needs.BenchmarkError, match="give it more --minutes"):
         approximation.main(arguments)
     run = Run("linear", "decaying 1/i", "Gaussian", "MoSLoRA", 2)
-    common.append(tmp_path / "approximation.jsonl", approximation.perform(run))
+    records.append(tmp_path / "approximation.jsonl", approximation.perform(run))
     approximation.main(arguments)
     assert f"1 of {len(approximation.plan(quick=False))} fits" in capsys.readouterr().out

@@ -17,11 +17,26 @@ from torch import nn
 
 import aurora
 from benchmarks import __main__ as command
-from benchmarks import baselines, common, data, finetune
-from benchmarks.common import BenchmarkError
-from benchmarks.data import Snippet
+from benchmarks import finetune
+from benchmarks.lab import baselines, data, needs, report, task, timing
+from benchmarks.lab.data import Snippet
+from benchmarks.lab.models import load_encoder
+from benchmarks.lab.needs import BenchmarkError
 
-WORDS = ["good", "fine", "great", "lovely", "bad", "poor", "awful", "dull", "film", "plot", "the", "a"]
+WORDS = [
+    "good",
+    "fine",
+    "great",
+    "lovely",
+    "bad",
+    "poor",
+    "awful",
+    "dull",
+    "film",
+    "plot",
+    "the",
+    "a",
+]
 TARGETS = r"attention\.self\.(query|value)"
 
 
@@ -30,12 +45,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A local Hugging Face folder with a random two-layer BERT."""
     transformers = pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("bert")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    vocabulary = {
+        word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
+    }
     (path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(path)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), max_position_embeddings=64, **sizes
+    )
     transformers.BertModel(config).save_pretrained(path)
     return path
 
@@ -46,7 +70,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw, lines = random.Random(0), []
     for i in range(80):
         kind = i % 2
-        words = draw.choices(WORDS[4 * kind : 4 * kind + 4], k=3) + draw.choices(WORDS[8:], k=draw.randrange(1, 6))
+        words = draw.choices(WORDS[4 * kind : 4 * kind + 4], k=3) + draw.choices(
+            WORDS[8:], k=draw.randrange(1, 6)
+        )
         draw.shuffle(words)
         lines.append(f"{i}\t{(-1) ** kind * draw.uniform(0.5, 3):.3f}\t{' '.join(words)}")
     path = tmp_path_factory.mktemp("texts") / "texts.tsv"
@@ -58,7 +84,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_split_is_disjoint_and_depends_on_nothing_but_the_id() -> None:
-    snippets = [Snippet(f"{doc}_{i}", 1.0, "text") for doc in range(300) for i in range(doc % 7 + 1)]
+    snippets = [
+        Snippet(f"{doc}_{i}", 1.0, "text") for doc in range(300) for i in range(doc % 7 + 1)
+    ]
     rest, held = data.split(snippets)
     assert {data.document(s.id) for s in rest}.isdisjoint(data.document(s.id) for s in held)
     assert sorted(rest + held) == sorted(snippets)
@@ -66,7 +94,9 @@ def test_split_is_disjoint_and_depends_on_nothing_but_the_id() -> None:
     again = data.split([s._replace(rating=-2.0, text="other") for s in reversed(snippets[:500])])
     kept = {s.id for s in snippets[:500]}
     assert {s.id for s in again[1]} == {s.id for s in held} & kept
-    assert [s.id for s in data.split([Snippet(str(i), 1.0, "text") for i in range(1, 31)])[1]] == HELD_OUT_TO_30
+    assert [
+        s.id for s in data.split([Snippet(str(i), 1.0, "text") for i in range(1, 31)])[1]
+    ] == HELD_OUT_TO_30
 
 
 # Written down so that a change of the hash, which would make all published scores incomparable, cannot pass unseen.
@@ -74,13 +104,21 @@ HELD_OUT_TO_30: list[str] = ["5", "7", "11", "14", "15", "16", "18", "30"]
 
 
 def test_only_document_sentence_ids_are_grouped() -> None:
-    assert [data.document(i) for i in ("12_3", "12", "user_7", "1_2_3")] == ["12", "12", "user_7", "1_2_3"]
+    assert [data.document(i) for i in ("12_3", "12", "user_7", "1_2_3")] == [
+        "12",
+        "12",
+        "user_7",
+        "1_2_3",
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252"])
 def test_parse_reads_what_editors_write(encoding: str) -> None:
     raw = "1\t2.5\tcafé\tand more\r\n\r\n2_1\t-0.5\tnaïve".encode(encoding)
-    assert data.parse(raw, "x") == [Snippet("1", 2.5, "café\tand more"), Snippet("2_1", -0.5, "naïve")]
+    assert data.parse(raw, "x") == [
+        Snippet("1", 2.5, "café\tand more"),
+        Snippet("2_1", -0.5, "naïve"),
+    ]
 
 
 @pytest.mark.parametrize("line", ["1\t2.5", "1\tgood\ttext", "1\tnan\ttext", "1\t2.5\t "])
@@ -98,7 +136,9 @@ def pack(name: str, content: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def test_archive_is_read_only_with_the_right_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archive_is_read_only_with_the_right_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outer = pack(data.INNER, pack(data.CORPORA["tweets"], b"\xef\xbb\xbf1\t2.5\tYay.\r\n"))
     (tmp_path / data.ARCHIVE).write_bytes(outer)
     monkeypatch.setenv("AURORA_CACHE", str(tmp_path))
@@ -108,7 +148,9 @@ def test_archive_is_read_only_with_the_right_hash(tmp_path: Path, monkeypatch: p
     assert data.load("tweets") == [Snippet("1", 2.5, "Yay.")]
 
 
-def test_without_network_the_error_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_the_error_names_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], 1, "", "ERROR: no route to host")
 
@@ -120,11 +162,11 @@ def test_without_network_the_error_names_the_way_out(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "cache").iterdir())
 
 
-# --- common ---------------------------------------------------------------------------------------------------------
+# --- report, timing, task ---------------------------------------------------------------------------------------------------------
 
 
 def test_markdown_table_is_aligned() -> None:
-    lines = common.markdown_table(["name", "n"], [["a|b", 1], ["long name", 12345]]).splitlines()
+    lines = report.markdown_table(["name", "n"], [["a|b", 1], ["long name", 12345]]).splitlines()
     assert lines == [
         "| name      |     n |",
         "| --------- | ----: |",
@@ -135,14 +177,14 @@ def test_markdown_table_is_aligned() -> None:
 
 def test_interleave_runs_both_ways_and_drops_the_warm_up() -> None:
     calls: list[str] = []
-    seconds = common.interleave({k: lambda k=k: calls.append(k) for k in "ab"}, rounds=3, warmup=1)
+    seconds = timing.interleave({k: lambda k=k: calls.append(k) for k in "ab"}, rounds=3, warmup=1)
     assert "".join(calls) == "baabbaab"
     assert {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3}
-    assert common.median_ratio({"a": [1.0, 9.0, 4.0], "b": [2.0, 1.0, 2.0]}, "a", "b") == 2.0
+    assert timing.median_ratio({"a": [1.0, 9.0, 4.0], "b": [2.0, 1.0, 2.0]}, "a", "b") == 2.0
 
 
 def test_batches_hold_every_text_once_and_pad_to_the_longest() -> None:
-    texts = common.Texts([[1] * (i % 9 + 1) for i in range(50)], torch.arange(50.0), pad=0)
+    texts = task.Texts([[1] * (i % 9 + 1) for i in range(50)], torch.arange(50.0), pad=0)
     for generator in (None, torch.Generator().manual_seed(1)):
         batches = texts.batches(8, generator)
         assert sorted(torch.cat([b.ratings for b in batches]).tolist()) == list(range(50))
@@ -154,9 +196,9 @@ def test_batches_hold_every_text_once_and_pad_to_the_longest() -> None:
 
 
 def test_padding_does_not_change_an_output(folder: Path) -> None:
-    encoder, _ = common.load_encoder(folder)
-    model = common.Reader(encoder)
-    texts = common.Texts([[2, 5, 3], [2, 5, 6, 7, 8, 9, 3]], torch.ones(2), pad=0)
+    encoder, _ = load_encoder(folder)
+    model = task.Reader(encoder)
+    texts = task.Texts([[2, 5, 3], [2, 5, 6, 7, 8, 9, 3]], torch.ones(2), pad=0)
     alone, padded = (model(*texts.batch(rows)[:2])[0] for rows in ([0], [0, 1]))
     torch.testing.assert_close(alone, padded)
 
@@ -167,15 +209,19 @@ def test_scores_of_known_outputs() -> None:
             return input_ids[:, :2].float()
 
     # Classes: right, wrong, right, and a rating of 0 that has none. Predicted rating: twice the true one.
-    texts = common.Texts([[1, 2], [1, -4], [-1, -2], [1, 0]], torch.tensor([1.0, -2.0, -1.0, 0.0]), pad=0)
-    scores = common.evaluate(Known(), texts)
+    texts = task.Texts(
+        [[1, 2], [1, -4], [-1, -2], [1, 0]], torch.tensor([1.0, -2.0, -1.0, 0.0]), pad=0
+    )
+    scores = task.evaluate(Known(), texts)
     assert scores.accuracy == pytest.approx(2 / 3)
     assert scores.pearson == pytest.approx(1)
 
 
 def test_missing_package_is_one_sentence_with_the_command() -> None:
-    with pytest.raises(BenchmarkError, match=re.escape('pip install "aurora-adapters[benchmarks]"')):
-        common.need("surely_not_installed.part")
+    with pytest.raises(
+        BenchmarkError, match=re.escape('pip install "aurora-adapters[benchmarks]"')
+    ):
+        needs.need("surely_not_installed.part")
 
 
 # --- baselines ------------------------------------------------------------------------------------------------------
@@ -193,7 +239,12 @@ def test_lora_starts_as_the_base_trains_alone_and_merges_exactly(mixer: bool) ->
     assert {n for n, p in model.named_parameters() if p.requires_grad} == own
     nn.init.normal_(model["body"].B)
     adapted = model["body"](x)
-    mixed = x @ model["body"].A.t() @ (model["body"].M.t() if mixer else torch.eye(2).double()) @ model["body"].B.t()
+    mixed = (
+        x
+        @ model["body"].A.t()
+        @ (model["body"].M.t() if mixer else torch.eye(2).double())
+        @ model["body"].B.t()
+    )
     torch.testing.assert_close(adapted, plain + 2 * mixed)
     baselines.merge_lora(model)
     assert type(model["body"]) is nn.Linear
@@ -219,9 +270,17 @@ def test_a_file_of_other_names_is_refused(tmp_path: Path) -> None:
 
 def test_every_contender_learns_and_reloads_to_the_digit(folder: Path, table: Path) -> None:
     task = finetune.build_task(str(folder), str(table))
-    results = {c.name: finetune.run(task, c, seed=0, steps=20) for c in finetune.contenders(TARGETS, 2, lr=0.02)}
+    results = {
+        c.name: finetune.run(task, c, seed=0, steps=20)
+        for c in finetune.contenders(TARGETS, 2, lr=0.02)
+    }
     assert list(results) == ["head only", "LoRA r=2", "LoRA r=8", "AuroRA r=2"]
-    assert [r.adapter for r in results.values()] == [0, 4 * 2 * 64, 4 * 8 * 64, 4 * (2 * 64 + 4 + 16)]
+    assert [r.adapter for r in results.values()] == [
+        0,
+        4 * 2 * 64,
+        4 * 8 * 64,
+        4 * (2 * 64 + 4 + 16),
+    ]
     for result in results.values():
         assert result.head == 66
         assert result.trained == result.reloaded
@@ -240,7 +299,9 @@ def test_every_contender_learns_and_reloads_to_the_digit(folder: Path, table: Pa
 def test_a_seed_fixes_a_run(folder: Path, table: Path) -> None:
     task = finetune.build_task(str(folder), str(table))
     contender = finetune.contenders(TARGETS, 2, lr=0.02)[-1]
-    first, same, other = (finetune.run(task, contender, seed=seed, steps=3).history.losses for seed in (0, 0, 1))
+    first, same, other = (
+        finetune.run(task, contender, seed=seed, steps=3).history.losses for seed in (0, 0, 1)
+    )
     assert first == same
     assert first != other
 
@@ -249,21 +310,39 @@ def test_command_writes_table_and_picture(
     folder: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "results"
-    options = ["--model", folder, "--data", table, "--max-steps", 3, "--seeds", 0, 1, "--lr", 0.01, "--out", out]
+    options = [
+        "--model",
+        folder,
+        "--data",
+        table,
+        "--max-steps",
+        3,
+        "--seeds",
+        0,
+        1,
+        "--lr",
+        0.01,
+        "--out",
+        out,
+    ]
     assert command.main(["finetune", *map(str, options)]) == 0
-    report = (out / "finetune.md").read_text(encoding="utf-8")
-    rows = [line for line in report.splitlines() if line.startswith("|")]
+    written = (out / "finetune.md").read_text(encoding="utf-8")
+    rows = [line for line in written.splitlines() if line.startswith("|")]
     assert len(rows) == 6
     assert "± " in rows[-1]
     assert rows[-1] in capsys.readouterr().out
-    assert str(tmp_path) not in report
+    assert str(tmp_path) not in written
     assert (out / "finetune.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_sweep_stays_on_the_training_side(folder: Path, table: Path) -> None:
-    learn, judge = (finetune.build_task(str(folder), str(table), development=d) for d in (False, True))
+    learn, judge = (
+        finetune.build_task(str(folder), str(table), development=d) for d in (False, True)
+    )
     assert len(judge.learn.tokens) + len(judge.judge.tokens) == len(learn.learn.tokens)
-    shown = finetune.sweep(judge, finetune.contenders(TARGETS, 2)[:2], [1e-3, 1e-2], steps=2).splitlines()
+    shown = finetune.sweep(
+        judge, finetune.contenders(TARGETS, 2)[:2], [1e-3, 1e-2], steps=2
+    ).splitlines()
     assert [line.count("|") for line in shown] == [4] * 4
 
 
@@ -278,7 +357,16 @@ def test_sweep_stays_on_the_training_side(folder: Path, table: Path) -> None:
 def test_bad_options_end_in_one_sentence(
     folder: Path, table: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    given = ["finetune", "--model", str(folder), "--data", str(table), "--out", str(table.parent), *options]
+    given = [
+        "finetune",
+        "--model",
+        str(folder),
+        "--data",
+        str(table),
+        "--out",
+        str(table.parent),
+        *options,
+    ]
     assert command.main(given) == 1
     error = capsys.readouterr().err
     assert "error: " in error
@@ -286,7 +374,9 @@ def test_bad_options_end_in_one_sentence(
 
 
 def test_ratings_of_one_sign_are_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "stars.tsv").write_text("".join(f"{i}\t{i % 5 + 1}\tfine\n" for i in range(50)), encoding="utf-8")
+    (tmp_path / "stars.tsv").write_text(
+        "".join(f"{i}\t{i % 5 + 1}\tfine\n" for i in range(50)), encoding="utf-8"
+    )
     with pytest.raises(BenchmarkError, match="subtract the middle"):
         finetune.build_task(str(folder), str(tmp_path / "stars.tsv"))
 
@@ -296,7 +386,9 @@ def test_ratings_of_one_sign_are_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_command_lists_the_benchmarks() -> None:
     root = Path(aurora.__file__).parents[1]
-    listed = subprocess.run([sys.executable, "-m", "benchmarks"], capture_output=True, text=True, check=True, cwd=root)
+    listed = subprocess.run(
+        [sys.executable, "-m", "benchmarks"], capture_output=True, text=True, check=True, cwd=root
+    )
     assert re.search(r"^  finetune +Fine-tuning a sentence encoder", listed.stdout, re.M)
     assert not re.search(r"^  (common|data|baselines) ", listed.stdout, re.M)
 

@@ -7,19 +7,23 @@ import torch
 from test_benchmarks import TARGETS, folder, table  # noqa: F401 (fixtures)
 
 import aurora
-from benchmarks import common, data, merging
+from benchmarks import merging
+from benchmarks.lab import data, records, task
+from benchmarks.lab.models import load_encoder
 
 
 @pytest.fixture(scope="module")
 def adapted(folder):  # noqa: F811
     torch.manual_seed(0)
-    model = common.Reader(common.load_encoder(folder)[0]).eval()
+    model = task.Reader(load_encoder(folder)[0]).eval()
     aurora.inject(model, TARGETS, 2, train=r"^head\.")
     for layer in aurora.core.layers(model).values():
         torch.nn.init.normal_(layer.B, std=0.3)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 17, (24, 9), generator=generator)
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]
+    batches = [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)
+    ]
     return model, batches
 
 
@@ -34,7 +38,9 @@ def test_every_method_merges_and_calibration_is_nearest(adapted, method):
     static = copy.deepcopy(model)
     merging.merge(static, "static", batches)
     with torch.no_grad():
-        target, got, papers = (torch.cat([m(**b) for b in batches]) for m in (model, merged, static))
+        target, got, papers = (
+            torch.cat([m(**b) for b in batches]) for m in (model, merged, static)
+        )
     if method not in ("static", "linear", merging.NO_DATA):
         assert (got - target).norm() < 0.7 * (papers - target).norm()
 
@@ -69,13 +75,15 @@ def test_gain_kept_is_a_ratio_of_means_with_its_error():
 
 def test_lines_are_read_back_and_a_torn_one_does_not_count(tmp_path):
     path = tmp_path / "merging.jsonl"
-    assert common.lines(path) == {}
-    path.write_text(json.dumps({"run": "a", "off": [1.0]}) + "\n" + '{"run": "b", "off', encoding="utf-8")
-    assert list(common.lines(path)) == ["a"]
+    assert records.read(path) == {}
+    path.write_text(
+        json.dumps({"run": "a", "off": [1.0]}) + "\n" + '{"run": "b", "off', encoding="utf-8"
+    )
+    assert list(records.read(path)) == ["a"]
 
 
 def test_the_plan_names_every_run_once():
-    keys = [key for key, _ in merging.plan(quick=False)]
+    keys = [run.key for run in merging.plan(quick=False)]
     assert len(keys) == len(set(keys))
     for corpus in data.CORPORA:
         assert sum(key.startswith(f"MiniLM {corpus} ") for key in keys) == 2 * 3

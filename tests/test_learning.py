@@ -11,9 +11,21 @@ import torch
 from test_benchmarks import WORDS, folder  # noqa: F401 (fixture)
 
 import aurora
-from benchmarks import common, data, learning
-from benchmarks.data import Snippet
-from benchmarks.learning import ENCODER, Plan, Run
+from benchmarks import learning
+from benchmarks.lab import data, estimates, folds, methods, models, needs, records, settings, task
+from benchmarks.lab.data import Snippet
+from benchmarks.lab.methods import ENCODER, Sample
+from benchmarks.lab.settings import (
+    AGAINST,
+    FINALIST,
+    INSIDE,
+    LANGUAGE,
+    PAIRED,
+    RECOMMENDED,
+    SETTINGS,
+)
+from benchmarks.lab.training import rating_loss
+from benchmarks.learning import Plan, Run
 
 FEW = Plan(2, 24, 20, 1, 8, 6)
 
@@ -23,36 +35,41 @@ def corpus(name: str) -> list[Snippet]:
     generator = torch.Generator().manual_seed(len(name))
     texts = []
     for i in range(120):
-        words = [WORDS[4 * (i % 2)], *(WORDS[j] for j in torch.randint(12, (3,), generator=generator).tolist())]
+        words = [
+            WORDS[4 * (i % 2)],
+            *(WORDS[j] for j in torch.randint(12, (3,), generator=generator).tolist()),
+        ]
         texts.append(Snippet(f"{name}{i}", (-1.0) ** i * (1 + i % 3), " ".join(words)))
     return texts
 
 
 @pytest.fixture
 def tiny(folder, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
-    loaded = common.load_encoder(folder)
-    monkeypatch.setattr(learning, "encoder", lambda: loaded)
+    loaded = models.load_encoder(folder)
+    monkeypatch.setattr(models, "encoder", lambda: loaded)
     monkeypatch.setattr(data, "load", corpus)
-    learning.sides.cache_clear()
+    folds.sides.cache_clear()
     yield loaded
-    learning.sides.cache_clear()
+    folds.sides.cache_clear()
 
 
-def reader(tiny) -> common.Reader:
+def reader(tiny) -> task.Reader:
     torch.manual_seed(0)
-    return common.Reader(copy.deepcopy(tiny[0])).eval()
+    return task.Reader(copy.deepcopy(tiny[0])).eval()
 
 
 # --- folds -----------------------------------------------------------------------------------------------------------
 
 
 def ids(side: str, count: int) -> tuple[list[str], list[str]]:
-    learn, judged = learning.sides(side, count, count)
+    learn, judged = folds.sides(side, count, count)
     return learn, [id_ for part in judged.values() for id_ in part]  # type: ignore[return-value]
 
 
-def test_the_folds_share_no_text_and_the_rates_are_chosen_without_the_held_out_one(tiny, monkeypatch) -> None:
-    monkeypatch.setattr(common, "tokenize", lambda tokenizer, snippets: [s.id for s in snippets])
+def test_the_folds_share_no_text_and_the_rates_are_chosen_without_the_held_out_one(
+    tiny, monkeypatch
+) -> None:
+    monkeypatch.setattr(task, "tokenize", lambda tokenizer, snippets: [s.id for s in snippets])
     learn, development = ids("development", 500)
     also_learn, held_out = ids("held-out", 500)
     assert learn == also_learn
@@ -62,7 +79,7 @@ def test_the_folds_share_no_text_and_the_rates_are_chosen_without_the_held_out_o
 
 
 def test_a_smaller_fold_is_part_of_the_larger(tiny, monkeypatch) -> None:
-    monkeypatch.setattr(common, "tokenize", lambda tokenizer, snippets: [s.id for s in snippets])
+    monkeypatch.setattr(task, "tokenize", lambda tokenizer, snippets: [s.id for s in snippets])
     small, large = (set(ids("held-out", n)[0]) for n in (20, 500))
     assert 20 < len(small) < 160
     assert small < large
@@ -71,15 +88,22 @@ def test_a_smaller_fold_is_part_of_the_larger(tiny, monkeypatch) -> None:
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
+def ready(model, name: str, seed: int | None = None) -> None:
+    """The model prepared as the setting says, with a few texts."""
+    learn, _ = folds.sides("development", 25, 5)
+    sample = Sample(learn.inputs(64), learn.batches(8), rating_loss)
+    methods.prepare(model, SETTINGS[name], ENCODER._replace(seed=seed), sample)
+
+
 def prepared(tiny, name: str):
-    model, (learn, _) = reader(tiny), learning.sides("development", 25, 5)
-    learning.methods()[name].prepare(model, learn.inputs(64), ENCODER)
-    return model, learning.hidden_vectors(model, learn.inputs(64))
+    model, (learn, _) = reader(tiny), folds.sides("development", 25, 5)
+    ready(model, name)
+    return model, methods.hidden_vectors(model, learn.inputs(64))
 
 
 def test_hidden_vectors_are_a_x_without_padding(tiny) -> None:
     model, found = prepared(tiny, "AuroRA r=2")
-    learn, _ = learning.sides("development", 25, 5)
+    learn, _ = folds.sides("development", 25, 5)
     tokens = sum(int(b["attention_mask"].sum()) for b in learn.inputs(64))
     assert len(found) == 4
     assert all(z.shape == (2, tokens) for z in found.values())
@@ -90,7 +114,9 @@ def test_hidden_vectors_are_a_x_without_padding(tiny) -> None:
     torch.testing.assert_close(torch.sort(found[first], 1)[0], one)
 
 
-@pytest.mark.parametrize("name", ["try identity", "try identity, grid +-2", "try identity, grid from data"])
+@pytest.mark.parametrize(
+    "name", ["try identity", "try identity, grid +-2", "try identity, grid from data"]
+)
 def test_identity_is_the_identity_inside_the_grid(tiny, name: str) -> None:
     _, found = prepared(tiny, name)
     for layer in found:
@@ -99,7 +125,9 @@ def test_identity_is_the_identity_inside_the_grid(tiny, name: str) -> None:
         torch.testing.assert_close(layer.anl.columns(z), z, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["try linear beyond the grid", "try linear beyond the grid, summed"])
+@pytest.mark.parametrize(
+    "name", ["try linear beyond the grid", "try linear beyond the grid, summed"]
+)
 def test_linear_beyond_the_grid_is_the_identity_everywhere_and_learns(tiny, name: str) -> None:
     _, found = prepared(tiny, name)
     for layer in found:
@@ -123,12 +151,12 @@ def test_normalised_hidden_values(tiny) -> None:
 
 
 def test_every_group_has_its_rate_and_every_parameter_one_group(tiny) -> None:
-    for name, method in learning.methods().items():
+    for name, setting in SETTINGS.items():
         if name == "PEFT LoRA r=2":
             pytest.importorskip("peft")
         model = reader(tiny)
-        method.prepare(model, learning.sides("development", 25, 5)[0].inputs(64), ENCODER)
-        groups = learning.groups(model, method, 1e-3)
+        ready(model, name)
+        groups = methods.groups(model, setting, 1e-3)
         rates = {id(p): group["lr"] for group in groups for p in group["params"]}
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert len(rates) == sum(len(g["params"]) for g in groups) == len(trained)
@@ -136,7 +164,7 @@ def test_every_group_has_its_rate_and_every_parameter_one_group(tiny) -> None:
             head = n.startswith("head.") and name != "head only"
             fast = 10.0 if "x 10" in name or "recommended" in name else None
             if head:
-                assert rates[id(p)] == learning.HEAD_RATE
+                assert rates[id(p)] == methods.HEAD_RATE
             elif fast and n.endswith("spline_weight"):
                 assert rates[id(p)] == pytest.approx(fast * 1e-3)
             elif n.endswith(".A"):
@@ -144,9 +172,9 @@ def test_every_group_has_its_rate_and_every_parameter_one_group(tiny) -> None:
 
 
 def test_the_recommended_setting_is_what_the_package_offers(tiny) -> None:
-    model, method = reader(tiny), learning.methods()[learning.RECOMMENDED]
-    method.prepare(model, learning.sides("development", 25, 5)[0].inputs(64), ENCODER)
-    ours = {p: g["lr"] for g in learning.groups(model, method, 1e-3) for p in g["params"]}
+    model, setting = reader(tiny), SETTINGS[RECOMMENDED]
+    ready(model, RECOMMENDED)
+    ours = {p: g["lr"] for g in methods.groups(model, setting, 1e-3) for p in g["params"]}
     for group in aurora.parameter_groups(model, 1e-3):
         adapters = [p for p in group["params"] if p not in set(model.head.parameters())]
         assert adapters
@@ -159,13 +187,16 @@ def test_the_recommended_setting_is_what_the_package_offers(tiny) -> None:
 def test_a_shared_start_is_the_same_a_for_every_method_and_rank(tiny) -> None:
     pytest.importorskip("peft")
     found = {}
-    for name in ("LoRA r=2", "LoRA r=8", "AuroRA r=2", learning.RECOMMENDED, "PEFT LoRA r=2"):
+    for name in ("LoRA r=2", "LoRA r=8", "AuroRA r=2", RECOMMENDED, "PEFT LoRA r=2"):
         for seed in (None, 3):
             model = reader(tiny)
-            inputs = learning.sides("development", 25, 5)[0].inputs(64)
-            learning.methods()[name].prepare(model, inputs, ENCODER._replace(seed=seed))
-            found[name, seed] = [p for n, p in model.named_parameters() if n.endswith((".A", "lora_A.default.weight"))]
-    for name in ("LoRA r=8", "AuroRA r=2", learning.RECOMMENDED, "PEFT LoRA r=2"):
+            ready(model, name, seed)
+            found[name, seed] = [
+                p
+                for n, p in model.named_parameters()
+                if n.endswith((".A", "lora_A.default.weight"))
+            ]
+    for name in ("LoRA r=8", "AuroRA r=2", RECOMMENDED, "PEFT LoRA r=2"):
         for A, reference in zip(found[name, 3], found["LoRA r=2", 3], strict=True):
             assert torch.equal(A[:2], reference)
             assert 0.9 < A.abs().max() * A.shape[1] ** 0.5 <= 1
@@ -175,7 +206,10 @@ def test_a_shared_start_is_the_same_a_for_every_method_and_rank(tiny) -> None:
 
 def test_pefts_lora_learns_what_ours_does(tiny) -> None:
     pytest.importorskip("peft")
-    runs = [Run("held-out", name, 1e-2, "all", 0, 5, 20, 20, "shared") for name in ("LoRA r=2", "PEFT LoRA r=2")]
+    runs = [
+        Run("held-out", name, 1e-2, "all", 0, 5, 20, 20, "shared")
+        for name in ("LoRA r=2", "PEFT LoRA r=2")
+    ]
     ours, theirs = map(learning.perform, runs)
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     assert ours["loss"] != learning.perform(runs[0]._replace(seed=1))["loss"]
@@ -186,17 +220,25 @@ def test_peft_trains_the_same_number_as_our_lora(tiny) -> None:
     count = []
     for name in ("LoRA r=2", "PEFT LoRA r=2"):
         model = reader(tiny)
-        learning.methods()[name].prepare(model, [], ENCODER)
-        count.append(sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "head" not in n))
+        ready(model, name)
+        count.append(
+            sum(
+                p.numel()
+                for n, p in model.named_parameters()
+                if p.requires_grad and "head" not in n
+            )
+        )
     assert count[0] == count[1] > 0
 
 
 def test_biases_train_where_they_are_asked_for_and_only_there(tiny) -> None:
     for name in ("LoRA r=2, biases too", "LoRA r=2"):
         model = reader(tiny)
-        learning.methods()[name].prepare(model, [], ENCODER)
+        ready(model, name)
         trained = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
-        assert len(trained) == (5 if "biases" in name else 1)  # query and value of two layers, and the head
+        assert len(trained) == (
+            5 if "biases" in name else 1
+        )  # query and value of two layers, and the head
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -224,7 +266,9 @@ def test_diagnosis_measures_shares_and_gradients(tiny) -> None:
         shares = [record[when][name] for name in ("constant", "linear", "nonlinear")]
         assert sum(shares) == pytest.approx(1)
         assert all(0 <= share <= 1 for share in shares)
-    assert record["before"]["B size"] == record["before"]["anl.H gradient"] == 0  # B = 0 blocks what lies behind it
+    assert (
+        record["before"]["B size"] == record["before"]["anl.H gradient"] == 0
+    )  # B = 0 blocks what lies behind it
     assert record["before"]["B gradient"] > 0
     assert record["after"]["anl.H gradient"] > 0
 
@@ -232,7 +276,9 @@ def test_diagnosis_measures_shares_and_gradients(tiny) -> None:
 # --- all runs --------------------------------------------------------------------------------------------------------
 
 
-def lines_of(losses: dict[int, float], name: str = "LoRA r=2", full: bool = False, plan: Plan = FEW) -> dict:
+def lines_of(
+    losses: dict[int, float], name: str = "LoRA r=2", full: bool = False, plan: Plan = FEW
+) -> dict:
     make = plan.develop if full else plan.attempt
     runs = {make(name, learning.rate(i)): loss for i, loss in losses.items()}
     return {run.key: {"run": run.key, **run._asdict(), "loss": loss} for run, loss in runs.items()}
@@ -264,7 +310,10 @@ def test_full_length_starts_from_what_the_short_runs_found_and_goes_on_likewise(
     assert all(run.steps == FEW.steps and run.side == "development" for run in needed)
     low = short | lines_of({-12: 1.0, -11: 2.0, -10: 3.0}, full=True)
     assert rates(learning.sweeps(FEW, "LoRA r=2", low)[1]) == [5.6e-4]
-    assert learning.sweeps(FEW, "LoRA r=2", short | lines_of(NARROW, full=True)) == ([VALLEY, NARROW], [])
+    assert learning.sweeps(FEW, "LoRA r=2", short | lines_of(NARROW, full=True)) == (
+        [VALLEY, NARROW],
+        [],
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -277,13 +326,17 @@ def test_a_sweep_stops_at_the_ends_of_the_grid(sign: int) -> None:
                 break
             lines |= {run.key: {**run._asdict(), "loss": sign * run.lr} for run in needed}
     end = {1: 1e-5, -1: 1e-1}[sign]
-    assert [learning.best_rate(losses) for losses in learning.sweeps(FEW, "LoRA r=2", lines)[0]] == [end, end]
+    assert [
+        learning.best_rate(losses) for losses in learning.sweeps(FEW, "LoRA r=2", lines)[0]
+    ] == [end, end]
 
 
 def test_nothing_is_judged_before_its_rate_is_known_nor_twice() -> None:
     plan = FEW._replace(names=("LoRA r=2", "LoRA r=1"))
     first = list(learning.pending(plan, {}))
-    assert [run.method for run in first] == 3 * ["LoRA r=2"] + 3 * ["LoRA r=1"]  # those with the most seeds first
+    assert [run.method for run in first] == 3 * ["LoRA r=2"] + 3 * [
+        "LoRA r=1"
+    ]  # those with the most seeds first
     assert all(run.side == "development" for run in first)
     lines = lines_of(VALLEY) | lines_of(NARROW, full=True)
     runs = list(learning.pending(plan, lines))
@@ -298,20 +351,30 @@ def test_nothing_is_judged_before_its_rate_is_known_nor_twice() -> None:
 
 def test_settings_that_are_tried_are_never_judged_on_held_out_texts() -> None:
     lines: dict = {}
-    for name in learning.methods():
+    for name in SETTINGS:
         lines |= lines_of(VALLEY, name) | lines_of(NARROW, name, full=True)
     held = {run.method for run in learning.pending(FEW, lines) if run.side == "held-out"}
-    assert held == {name for name in learning.methods() if not name.startswith("try")}
+    assert held == {name for name in SETTINGS if not name.startswith("try")}
 
 
 def test_the_language_model_is_asked_for() -> None:
     assert not any(run.side == "language" for run in learning.pending(FEW, {}))
     runs = [run for run in learning.pending(FEW, {}, language=True) if run.side == "language"]
-    assert {run.method for run in runs} == set(learning.LEARNT)
+    assert {run.method for run in runs} == set(settings.taking_part(LANGUAGE))
 
 
 def test_rates_are_written_as_one_would() -> None:
-    assert [learning.rate(i) for i in range(-12, -3)] == [1e-3, 1.8e-3, 3e-3, 5.6e-3, 1e-2, 1.8e-2, 3e-2, 5.6e-2, 1e-1]
+    assert [learning.rate(i) for i in range(-12, -3)] == [
+        1e-3,
+        1.8e-3,
+        3e-3,
+        5.6e-3,
+        1e-2,
+        1.8e-2,
+        3e-2,
+        5.6e-2,
+        1e-1,
+    ]
     assert (learning.rate(learning.LOWEST), learning.rate(learning.HIGHEST)) == (1e-5, 1e-1)
 
 
@@ -319,32 +382,45 @@ def test_rates_are_written_as_one_would() -> None:
 
 
 def record(corpus: str, seed: int, hits: str, pearson: float) -> dict:
-    return {"adapter": 100, "lr": 1e-3, "corpus": corpus, "seed": seed, "pearson": pearson, "hits": hits}
+    return {
+        "adapter": 100,
+        "lr": 1e-3,
+        "corpus": corpus,
+        "seed": seed,
+        "pearson": pearson,
+        "hits": hits,
+    }
 
 
 def test_errors_count_texts_and_seeds() -> None:
-    ours = {("tweets", s): record("tweets", s, hits, 0.5) for s, hits in enumerate(["1101", "1001"])}
-    theirs = {("tweets", s): record("tweets", s, hits, 0.4) for s, hits in enumerate(["1001", "1000"])}
-    gap = learning.accuracy(ours, theirs)
+    ours = {
+        ("tweets", s): record("tweets", s, hits, 0.5) for s, hits in enumerate(["1101", "1001"])
+    }
+    theirs = {
+        ("tweets", s): record("tweets", s, hits, 0.4) for s, hits in enumerate(["1001", "1000"])
+    }
+    gap = estimates.accuracy(ours, theirs)
     texts = np.array([[0, 1, 0, 0], [0, 0, 0, 1]])
     expected = texts.mean(0).var(ddof=1) / 4 + texts.mean(1).var(ddof=1) / 2
     assert gap.mean == pytest.approx(0.25)
     assert gap.error == pytest.approx(math.sqrt(expected))
-    assert learning.accuracy(ours).mean == pytest.approx(0.625)
-    assert learning.pearson(ours, theirs).mean == pytest.approx(0.1)
+    assert estimates.accuracy(ours).mean == pytest.approx(0.625)
+    assert estimates.pearson(ours, theirs).mean == pytest.approx(0.1)
 
 
 def test_a_mean_over_corpora_has_the_error_of_a_mean() -> None:
     one = {("tweets", 0): record("tweets", 0, "1100", 0.5)}
     both = one | {("movies", 0): record("movies", 0, "1100", 0.5)}
-    assert learning.accuracy(both).error == pytest.approx(learning.accuracy(one).error / math.sqrt(2))
+    assert estimates.accuracy(both).error == pytest.approx(
+        estimates.accuracy(one).error / math.sqrt(2)
+    )
 
 
 def test_only_runs_that_both_have_are_compared() -> None:
     ours = {("tweets", s): record("tweets", s, "11", 0.5) for s in (0, 1)}
     theirs = {("tweets", 1): record("tweets", 1, "10", 0.5)}
-    assert learning.accuracy(ours, theirs).mean == 0.5
-    assert math.isnan(learning.accuracy(ours, {}).mean)
+    assert estimates.accuracy(ours, theirs).mean == 0.5
+    assert math.isnan(estimates.accuracy(ours, {}).mean)
 
 
 def made_up(plan: Plan, worse: bool) -> dict:
@@ -355,9 +431,14 @@ def made_up(plan: Plan, worse: bool) -> dict:
         hits = bad if worse == name.startswith("AuroRA") else good
         for seed in range(3):
             run = plan.judge(name, 1.8e-3, seed)
-            scores = {corpus: {"hits": hits, "pearson": 0.5, "accuracy": 0.5} for corpus in data.CORPORA}
+            scores = {
+                corpus: {"hits": hits, "pearson": 0.5, "accuracy": 0.5} for corpus in data.CORPORA
+            }
             lines[run.key] = {"run": run.key, **run._asdict(), "adapter": 100, "corpora": scores}
-            run, loss = plan.pair(name, 1.8e-3, seed), 0.8 + 0.1 * seed + 0.05 * name.startswith("AuroRA")
+            run, loss = (
+                plan.pair(name, 1.8e-3, seed),
+                0.8 + 0.1 * seed + 0.05 * name.startswith("AuroRA"),
+            )
             known = {"loss": loss, "accuracy": 0.8, "pearson": 0.7}
             lines[run.key] = {"run": run.key, **run._asdict(), **known}
     return lines
@@ -365,7 +446,7 @@ def made_up(plan: Plan, worse: bool) -> dict:
 
 @pytest.mark.parametrize("worse", [False, True])
 def test_the_report_says_whether_aurora_loses(tmp_path, worse: bool) -> None:
-    plan = FEW._replace(names=("LoRA r=2", "LoRA r=8", "AuroRA r=2", learning.RECOMMENDED, "try identity"))
+    plan = FEW._replace(names=("LoRA r=2", "LoRA r=8", "AuroRA r=2", RECOMMENDED, "try identity"))
     text = learning.report(tmp_path, plan, made_up(plan, worse)).read_text(encoding="utf-8")
     told = next(line for line in text.splitlines() if line.startswith("AuroRA loses"))
     assert ("nowhere" in told) != worse
@@ -373,16 +454,18 @@ def test_the_report_says_whether_aurora_loses(tmp_path, worse: bool) -> None:
     assert (tmp_path / "learning.png").stat().st_size > 1000
     assert "| LoRA r=2 " in text
     assert "| try identity " in text
-    row = next(line for line in text.splitlines() if line.startswith("| AuroRA r=2 ") and "+0.0500" in line)
+    row = next(
+        line for line in text.splitlines() if line.startswith("| AuroRA r=2 ") and "+0.0500" in line
+    )
     assert [cell.strip() for cell in row.split("|")[2:5]] == ["3", "0.9500", "+0.0500 ± 0.0000"]
 
 
 def test_the_command_goes_on_from_its_lines_and_says_when_there_are_none(tmp_path, capsys) -> None:
     arguments = ["--quick", "--minutes", "0", "--out", str(tmp_path)]
-    with pytest.raises(common.BenchmarkError, match="give it more --minutes"):
+    with pytest.raises(needs.BenchmarkError, match="give it more --minutes"):
         learning.main(arguments)
-    for line in made_up(learning.QUICK, worse=True).values():
-        common.append(tmp_path / "quick" / "learning.jsonl", line)
+    for line in made_up(learning.QUICK_PLAN, worse=True).values():
+        records.append(tmp_path / "quick" / "learning.jsonl", line)
     learning.main(arguments)
     assert "AuroRA loses to LoRA of the same rank" in capsys.readouterr().out
     assert (tmp_path / "quick" / "learning.md").is_file()
@@ -393,12 +476,12 @@ def test_the_command_goes_on_from_its_lines_and_says_when_there_are_none(tmp_pat
 
 def test_a_line_cut_off_by_a_crash_is_done_again(tmp_path) -> None:
     path = tmp_path / "runs.jsonl"
-    common.append(path, {"run": "a", "x": 1})
+    records.append(path, {"run": "a", "x": 1})
     with path.open("a") as file:
         file.write('{"run": "b", "x"')
-    assert list(common.lines(path)) == ["a"]
-    common.append(path, {"run": "b", "x": 2})
-    assert common.lines(path)["b"] == {"run": "b", "x": 2}
+    assert list(records.read(path)) == ["a"]
+    records.append(path, {"run": "b", "x": 2})
+    assert records.read(path)["b"] == {"run": "b", "x": 2}
 
 
 def square(n: int) -> dict:
@@ -407,11 +490,11 @@ def square(n: int) -> dict:
 
 def test_runs_are_done_once_at_most_in_time_and_go_on_later(tmp_path) -> None:
     path = tmp_path / "runs.jsonl"
-    common.append(path, {"run": "1", "square": -1})
+    records.append(path, {"run": "1", "square": -1})
 
     def pending(lines):
         return (n for n in range(4) if str(n) not in lines)
 
-    assert list(common.perform(path, pending, square, jobs=2, minutes=0)) == ["1"]
-    found = common.perform(path, pending, square, jobs=2)
+    assert list(records.perform(path, pending, square, jobs=2, minutes=0)) == ["1"]
+    found = records.perform(path, pending, square, jobs=2)
     assert {int(run): r["square"] for run, r in found.items()} == {0: 0, 1: -1, 2: 4, 3: 9}

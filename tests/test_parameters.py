@@ -8,8 +8,8 @@ import pytest
 
 import aurora
 from benchmarks import parameters
-from benchmarks.baselines import inject_lora
-from benchmarks.common import BenchmarkError
+from benchmarks.lab.baselines import inject_lora
+from benchmarks.lab.needs import BenchmarkError
 
 CASES = {case.name: case for case in parameters.CASES}
 
@@ -23,8 +23,12 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "total", "layers", "ours", "lora"), TABLE, ids=[row[0] for row in TABLE])
-def test_the_papers_counts_to_the_digit(name: str, total: int, layers: int, ours: int, lora: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "total", "layers", "ours", "lora"), TABLE, ids=[row[0] for row in TABLE]
+)
+def test_the_papers_counts_to_the_digit(
+    name: str, total: int, layers: int, ours: int, lora: int
+) -> None:
     pytest.importorskip("transformers", reason="the models are transformers' own classes")
     case = CASES[name]
     model = case.build()

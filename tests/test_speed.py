@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import aurora
 from aurora import AuroraLinear
-from benchmarks import throughput
+from benchmarks.lab import steps
 
 VARIANTS = {
     "default": {},
@@ -30,7 +30,7 @@ def layer(**options) -> AuroraLinear:
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("rank", [1, 2, 8])
 def test_operators_and_bytes(name, rank):
-    found = throughput.count_layer(layer(rank=rank, **VARIANTS[name]), 64)
+    found = steps.count_layer(layer(rank=rank, **VARIANTS[name]), 64)
     assert found.forward <= 16
     assert found.backward <= 32
     assert found.saved <= 8 * rank
@@ -39,9 +39,9 @@ def test_operators_and_bytes(name, rank):
 @pytest.mark.parametrize("rank", [1, 2, 8])
 def test_the_count_counts(rank):
     """By hand: a bare linear layer, and LoRA of a rank, which keeps its hidden vector of 4 r bytes."""
-    bare = throughput.count_layer(nn.Linear(64, 64).requires_grad_(False), 64)
+    bare = steps.count_layer(nn.Linear(64, 64).requires_grad_(False), 64)
     assert bare == (1, 2, 0)  # addmm; mm and the accumulation into x.grad
-    assert throughput.count(throughput.PLAIN, rank=rank).saved == 4 * rank
+    assert steps.count(steps.PLAIN, rank=rank).saved == 4 * rank
 
 
 class Tower(nn.Module):

@@ -1,7 +1,8 @@
-"""The texts of the benchmarks: four rated corpora (Hutto and Gilbert, VADER, ICWSM 2014), or a person's own TSV file.
+"""Rated texts: four corpora (Hutto and Gilbert, VADER, ICWSM 2014), or a person's own TSV file.
 
-A corpus is tab-separated: id, mean rating (human raters, -4 very negative to 4 very positive), text. The archive is the
-source distribution of vaderSentiment 3.3.2 (MIT), fetched once with pip and checked against its SHA-256 at every read.
+A corpus is tab-separated: id, mean rating (human raters, -4 very negative to 4 very positive),
+text. The archive is the source distribution of vaderSentiment 3.3.2 (MIT), fetched once with pip
+and checked against its SHA-256 at every read.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common import BenchmarkError
+from benchmarks.lab.needs import BenchmarkError
 
+PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -42,18 +44,23 @@ class Snippet(NamedTuple):
 
 
 def load(name: str) -> list[Snippet]:
-    """A corpus by name, or the TSV file at a path. Raises BenchmarkError if there is neither, or it cannot be read."""
+    """A corpus by name, or the TSV file at a path.
+
+    Raises BenchmarkError if there is neither, or it cannot be read.
+    """
     if name in CORPORA:
         return parse(_member(_member(archive(), INNER), CORPORA[name]), name)
     if not Path(name).is_file():
-        raise BenchmarkError(
-            f"no data at {name!r}: give a file of lines id<TAB>rating<TAB>text, or {', '.join(CORPORA)}"
-        )
+        mend = f"give a file of lines id<TAB>rating<TAB>text, or {', '.join(CORPORA)}"
+        raise BenchmarkError(f"no data at {name!r}: {mend}")
     return parse(Path(name).read_bytes(), name)
 
 
 def parse(raw: bytes, name: str) -> list[Snippet]:
-    """Lines of id, rating and text. Bytes that are not UTF-8 are read as Windows-1252, the usual culprit."""
+    """Lines of id, rating and text.
+
+    Bytes that are not UTF-8 are read as Windows-1252, the usual culprit.
+    """
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -69,13 +76,18 @@ def parse(raw: bytes, name: str) -> list[Snippet]:
         except ValueError:
             snippet = Snippet("", math.nan, "")
         if not (snippet.text and math.isfinite(snippet.rating)):
-            raise BenchmarkError(f"{name}, line {number}: not id<TAB>rating<TAB>text (no header): {line[:60]!r}")
+            raise BenchmarkError(
+                f"{name}, line {number}: not id<TAB>rating<TAB>text (no header): {line[:60]!r}"
+            )
         snippets.append(snippet)
     return snippets
 
 
 def document(id_: str) -> str:
-    """What must stay on one side of a split: "12_3" is sentence 3 of document 12; any other id stands for itself."""
+    """What must stay on one side of a split.
+
+    "12_3" is sentence 3 of document 12; any other id stands for itself.
+    """
     match = re.fullmatch(r"(\d+)_\d+", id_)
     return match[1] if match else id_
 
@@ -83,7 +95,10 @@ def document(id_: str) -> str:
 def split(
     snippets: Sequence[Snippet], share: float = 0.2, salt: str = "held-out"
 ) -> tuple[list[Snippet], list[Snippet]]:
-    """(rest, about `share` of them), decided by a hash of each document's id alone: no seed, no order, no length."""
+    """(rest, about `share` of them), decided by a hash of each document's id alone.
+
+    No seed, no order, no length counts.
+    """
 
     def position(snippet: Snippet) -> float:
         digest = hashlib.sha256(f"{salt}:{document(snippet.id)}".encode()).digest()
@@ -101,7 +116,10 @@ def cache_folder() -> Path:
 
 
 def archive() -> bytes:
-    """The archive, fetched if it is not cached. Raises BenchmarkError if it cannot be had or is not the right one."""
+    """The archive, fetched if it is not cached.
+
+    Raises BenchmarkError if it cannot be had or is not the right one.
+    """
     path = cache_folder() / ARCHIVE
     if not path.exists():
         _fetch(path)
@@ -114,13 +132,14 @@ def archive() -> bytes:
 def _fetch(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = ["download", "-q", "--no-deps", "--no-binary=:all:", "-d", folder, "vaderSentiment==3.3.2"]
-        run = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False)
+        command = ["download", "-q", "--no-deps", "--no-binary=:all:", PACKAGE, "-d"]
+        pip = [sys.executable, "-m", "pip", *command, folder]
+        run = subprocess.run(pip, capture_output=True, text=True, check=False)
         if run.returncode or not (fetched := Path(folder) / ARCHIVE).exists():
             reason = (run.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            there = f"`pip {' '.join(command)} .` and copy {ARCHIVE} to {path}"
             raise BenchmarkError(
-                f"could not fetch the data ({reason}). On a machine with a network run `pip {' '.join(command[:-2])} . "
-                f"{command[-1]}` and copy {ARCHIVE} to {path}"
+                f"could not fetch the data ({reason}). On a machine with a network run {there}"
             )
         os.replace(fetched, path)  # whole or not at all, also when two benchmarks start at once
 

@@ -1,6 +1,7 @@
-"""The adapters that AuroRA is measured against: LoRA, and MoSLoRA, which puts an r x r matrix between A and B.
+"""The adapters that AuroRA is measured against: LoRA, and MoSLoRA with a matrix between A and B.
 
-LoRA: Hu et al., arXiv:2106.09685. MoSLoRA: Wu et al., "Mixture-of-Subspaces in Low-Rank Adaptation", arXiv:2406.11909.
+LoRA: Hu et al., arXiv:2106.09685. MoSLoRA: Wu et al., "Mixture-of-Subspaces in Low-Rank
+Adaptation", arXiv:2406.11909.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import need
+from benchmarks.lab.needs import need
 
 
 class LoRALinear(nn.Module):
-    """`W x + b + s B A x`, with `mixer` `W x + b + s B M A x`. A (r, d_in), B (d_out, r), M (r, r), s = alpha / r."""
+    """`W x + b + s B A x`, with `mixer` `W x + b + s B M A x`.
+
+    A (r, d_in), B (d_out, r), M (r, r), s = alpha / r.
+    """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, mixer: bool = False) -> None:
         super().__init__()
         self.base, self.scaling = base, alpha / rank
         weight = base.weight  # whose dtype and device the adapter shares
-        self.A = nn.Parameter(nn.init.kaiming_uniform_(weight.new_empty(rank, base.in_features), a=math.sqrt(5)))
+        self.A = nn.Parameter(
+            nn.init.kaiming_uniform_(weight.new_empty(rank, base.in_features), a=math.sqrt(5))
+        )
         self.B = nn.Parameter(weight.new_zeros(base.out_features, rank))
         self.M = nn.Parameter(nn.init.orthogonal_(weight.new_empty(rank, rank))) if mixer else None
 
@@ -32,8 +38,9 @@ class LoRALinear(nn.Module):
         out = self.base(x)
         z = F.linear(x, self.A).flatten(0, -2)
         z = z if self.M is None else F.linear(z, self.M)
-        # The same single pass over the output that AuroraLinear takes, so that timings compare methods, not care.
-        return torch.addmm(out.flatten(0, -2), z, self.B.t(), alpha=self.scaling).view(out.shape)
+        # One pass over the output, as in AuroraLinear, so that timings compare methods, not care.
+        sum_ = torch.addmm(out.flatten(0, -2), z, self.B.t(), alpha=self.scaling)
+        return sum_.view(out.shape)
 
     def update(self) -> Tensor:
         """`s B M A`, (d_out, d_in): what merging adds to the weight."""
@@ -49,12 +56,16 @@ def inject_lora(
     mixer: bool = False,
     train: str | None = None,
 ) -> list[str]:
-    """Adapt every `nn.Linear` whose name matches, in place; freeze all else but the parameters that `train` matches.
+    """Adapt every `nn.Linear` whose name matches, in place; freeze all but what `train` matches.
 
-    alpha: 2 * rank unless given, the scaling 2 that AuroRA has in its paper (alpha 4, rank 2). Returns the names
-    adapted; ValueError if there are none.
+    alpha: 2 * rank unless given, the scaling 2 that AuroRA has in its paper (alpha 4, rank 2).
+    Returns the names adapted; ValueError if there are none.
     """
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(target_regex, n)]
+    names = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and re.search(target_regex, n)
+    ]
     if not names:
         raise ValueError(f"{target_regex!r} matches no nn.Linear")
     freeze(model, train or "(?!)")
@@ -87,7 +98,9 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def save_trained(model: nn.Module, path: Path) -> None:
     """Write every trainable parameter to a safetensors file."""
-    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {
+        name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad
+    }
     need("safetensors.torch").save_file(trained, path)
 
 

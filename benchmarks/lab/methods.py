@@ -1,0 +1,216 @@
+"""What the words of the table of settings do: kinds of adapters, starts, groups of parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import aurora
+from aurora import core
+from benchmarks.lab import baselines
+from benchmarks.lab.needs import need
+from benchmarks.lab.settings import Setting
+from benchmarks.lab.training import Objective
+
+HEAD = r"^head\."
+HEAD_RATE = 5e-3  # of every method, so that a method's own rate can be chosen by itself
+
+
+class Place(NamedTuple):
+    """Where adapters go.
+
+    targets: regex of the layers to adapt. train: of other parameters that train. seed: of every A,
+    if it shall be shared.
+    """
+
+    targets: str
+    train: str | None
+    seed: int | None = None
+
+    @torch.no_grad()
+    def share(self, model: nn.Module) -> None:
+        """Draw every A anew, layer by layer from a seed of its own, if there is a seed.
+
+        Methods of a rank then start with the same A; that of a smaller rank is part of that of a
+        larger.
+        """
+        if self.seed is None:
+            return
+        name_of_A = re.compile(r"\.(A|lora_A\.default\.weight)$")
+        found = [p for name, p in model.named_parameters() if name_of_A.search(name)]
+        for i, A in enumerate(found):
+            generator = torch.Generator().manual_seed(1000 * self.seed + i)
+            drawn = torch.rand(16, A.shape[1], generator=generator)[: A.shape[0]]
+            A.copy_((2 * drawn - 1) / math.sqrt(A.shape[1]))  # as Kaiming-uniform(a = sqrt 5) does
+
+    def trained(self, setting: Setting) -> str | None:
+        """The regex of what trains beside the setting's adapters."""
+        train = self.train if setting.train is None else setting.train
+        if not setting.biases:
+            return train
+        biases = rf"{self.targets}\.bias"
+        return f"{train}|{biases}" if train else biases
+
+
+ENCODER = Place(r"attention\.self\.(query|value)", HEAD)
+LANGUAGE_MODEL = Place(r"layers\.\d+\..*_proj$", None)
+
+
+class Sample(NamedTuple):
+    """What a start may look at.
+
+    inputs: batches of keyword arguments of the model. batches: the same kind of data with what is
+    to be learnt. objective: the loss of the model on one of these.
+    """
+
+    inputs: Sequence[dict[str, Tensor]]
+    batches: Sequence[Any]
+    objective: Objective
+
+
+def prepare(model: nn.Module, setting: Setting, place: Place, sample: Sample) -> None:
+    """Ready a fresh model for training: adapters in, all else frozen, A shared, starts done."""
+    KINDS[setting.kind](model, setting, place)
+    place.share(model)
+    for start in setting.starts:
+        STARTS[start](model, sample)
+
+
+def groups(model: nn.Module, setting: Setting, lr: float) -> list[dict[str, Any]]:
+    """Parameter groups: the head at HEAD_RATE, all else at `lr` times its factor.
+
+    A head that is all that trains has the rate `lr` too.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    alone = all(re.search(HEAD, name) for name in trained)
+    found: dict[float, list[nn.Parameter]] = {}
+    for name, p in trained.items():
+        factors = (f for pattern, f in setting.rates.items() if re.search(pattern, name))
+        rate = next(factors, 1.0) * lr
+        if re.search(HEAD, name) and not alone:
+            rate = HEAD_RATE
+        found.setdefault(rate, []).append(p)
+    return [{"params": ps, "lr": rate} for rate, ps in found.items()]
+
+
+# --- Kinds ----------------------------------------------------------------------------------------
+
+
+def _plain(model: nn.Module, setting: Setting, place: Place) -> None:
+    baselines.freeze(model, place.trained(setting) or "")
+
+
+def _lora(model: nn.Module, setting: Setting, place: Place) -> None:
+    train = place.trained(setting)
+    baselines.inject_lora(model, place.targets, setting.rank, train=train, **setting.options)
+
+
+def _peft(model: nn.Module, setting: Setting, place: Place) -> None:
+    """PEFT's own LoRA in a Reader's encoder, a check on ours."""
+    peft = need("peft")
+    options = {"lora_alpha": 2 * setting.rank, "target_modules": f".*{place.targets}"}
+    config = peft.LoraConfig(r=setting.rank, **options | dict(setting.options))
+    model.encoder = peft.get_peft_model(model.encoder, config)  # type: ignore[arg-type]
+
+
+def _aurora(model: nn.Module, setting: Setting, place: Place) -> None:
+    options = {"alpha": 2.0 * setting.rank, **setting.options}
+    aurora.inject(model, place.targets, setting.rank, train=place.trained(setting), **options)
+
+
+KINDS: Mapping[str, Callable[[nn.Module, Setting, Place], None]] = {
+    "plain": _plain,
+    "lora": _lora,
+    "peft": _peft,
+    "aurora": _aurora,
+}
+
+
+# --- Starts ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def hidden_vectors(
+    model: nn.Module, inputs: Sequence[dict[str, Tensor]]
+) -> dict[core.AuroraLinear, Tensor]:
+    """z = A x (r, N) of every adapted layer on the tokens of the inputs, padding left out."""
+    found: dict[core.AuroraLinear, list[Tensor]] = {}
+
+    def watch(mask: Tensor, layer: nn.Module, x: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, core.AuroraLinear)
+        found[layer].append(layer.A @ x[0][mask].t())
+
+    for layer in core.layers(model).values():
+        found[layer] = []
+    for batch in inputs:
+        look = functools.partial(watch, batch["attention_mask"].bool())
+        with contextlib.ExitStack() as hooks:
+            for layer in found:
+                hooks.callback(layer.register_forward_pre_hook(look).remove)
+            model(**batch)
+    return {layer: torch.cat(seen, 1) for layer, seen in found.items()}
+
+
+def identity(model: nn.Module, _: Sample) -> None:
+    """Start as LoRA inside the grid."""
+    aurora.start_as_identity(model)
+
+
+@torch.no_grad()
+def fit_grid(model: nn.Module, sample: Sample) -> None:
+    """A grid that reaches just as far as 99.9% of the layer's hidden values."""
+    for layer, z in hidden_vectors(model, sample.inputs).items():
+        sizes = z.abs().flatten()
+        few = z.numel() < 1e7  # what `quantile` can sort
+        reach = float(sizes.double().quantile(0.999)) if few else float(sizes.max())
+        anl = core.ANL(layer.config, grid_range=(-reach, reach))
+        anl.load_state_dict(layer.anl.state_dict())
+        layer.config, layer.anl = anl.config, anl
+
+
+@torch.no_grad()
+def normalise(model: nn.Module, sample: Sample) -> None:
+    """Rows of A scaled so that every hidden channel has root mean square 1/2 at the start."""
+    for layer, z in hidden_vectors(model, sample.inputs).items():
+        layer.A.mul_(0.5 / z.square().mean(1, keepdim=True).sqrt())
+
+
+@torch.no_grad()
+def louder(model: nn.Module, _: Sample) -> None:
+    """Spline weights drawn in +-0.5 instead of +-0.1."""
+    for layer in core.layers(model).values():
+        assert layer.anl.spline_weight is not None
+        layer.anl.spline_weight.mul_(5)
+
+
+class LinearANL(core.ANL):
+    """sigma(z) + z: linear beyond the grid, where the splines end."""
+
+    def columns(self, z: Tensor, scale: float = 1.0) -> Tensor:
+        """(r, N) -> (r, N)."""
+        return torch.add(super().columns(z, scale), z, alpha=scale)
+
+
+@torch.no_grad()
+def add_identity(model: nn.Module, _: Sample) -> None:
+    """sigma(z) + z with sigma = 0 at the start: AuroRA starts as LoRA everywhere."""
+    for layer in core.layers(model).values():
+        layer.anl.__class__ = LinearANL
+        for p in layer.anl.parameters():
+            p.zero_()
+
+
+STARTS: Mapping[str, Callable[[nn.Module, Sample], None]] = {
+    "identity": identity,
+    "grid from data": fit_grid,
+    "z normalised": normalise,
+    "louder": louder,
+    "linear beyond the grid": add_identity,
+}

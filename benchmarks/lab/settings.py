@@ -1,0 +1,183 @@
+"""Every setting that `learning` compares, as a row of a table: what to train, from where, how fast.
+
+A row is plain values; `methods` knows what its words do. To add a setting, add a row to TRIED (only
+compared on the development fold) or to JUDGED (also on held-out texts). Lines of runs are found by
+the row's name, so a row that has lines keeps its name, and a name its meaning.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# What a row may take part in beside its own choice of a rate.
+FINALIST = "finalist"  # a setting that is only tried, but also at full length
+PAIRED = "paired"  # compared at LoRA's best rate, from the same A
+AGAINST = "against"  # what others are compared with
+INSIDE = "inside"  # where its hidden values go is measured
+LANGUAGE = "language"  # learnt by the language model too
+QUICK = "quick"  # what --quick runs
+
+RECOMMENDED = "AuroRA r=2 recommended"  # the guide's, as it was when its lines were written
+BIASED = f"{RECOMMENDED}, biases too"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to fine-tune.
+
+    Attributes:
+        name: of its lines and of its rows in tables; no meaning is read out of it.
+        kind: a key of `methods.KINDS`, such as "lora" or "aurora".
+        rank: of the adapters, 0 if there are none.
+        options: of the kind, such as fields of AuroraConfig; alpha is 2 * rank unless given.
+        starts: keys of `methods.STARTS`, done in this order once the adapters are in.
+        rates: regex of parameter names -> factor on the learning rate; the first match counts.
+        biases: whether the adapted layers' own biases train too.
+        train: regex of the parameters that train beside adapters, None for the place's own.
+        seeds: runs on the held-out folds, 0 for a setting that is only tried on development.
+        parts: what else it takes part in, of the words above.
+    """
+
+    name: str
+    kind: str
+    rank: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    starts: tuple[str, ...] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
+    biases: bool = False
+    train: str | None = None
+    seeds: int = 3
+    parts: tuple[str, ...] = ()
+
+
+CHANNEL = {"spline": "per-channel"}
+GRID_2 = {"spline": "per-channel", "grid_range": (-2.0, 2.0)}
+GRID_4 = {"spline": "per-channel", "grid_range": (-4.0, 4.0)}
+IDENTITY, LINEAR = ("identity",), ("linear beyond the grid",)
+FROM_DATA = ("grid from data",)
+ANL, B, W = (
+    r"\.anl\.",
+    r"\.B$",
+    r"\.spline_weight$",
+)  # H and the spline weights; B; the spline weights
+FAST = {ANL: 10.0}
+LORA_PARTS = (PAIRED, AGAINST, LANGUAGE, QUICK)
+AURORA_PARTS = (PAIRED, INSIDE, LANGUAGE, QUICK)
+
+# name, kind, rank, options, starts, rates
+JUDGED = (
+    Setting("head only", "plain", train=r"^head\.", parts=(QUICK,)),
+    Setting("full", "plain", train=""),
+    Setting("LoRA r=1", "lora", 1),
+    Setting("LoRA r=2", "lora", 2, seeds=5, parts=LORA_PARTS),
+    Setting("LoRA r=4", "lora", 4),
+    Setting("LoRA r=8", "lora", 8, seeds=5, parts=(AGAINST, LANGUAGE, QUICK)),
+    Setting("LoRA r=16", "lora", 16),
+    Setting("MoSLoRA r=2", "lora", 2, {"mixer": True}),
+    Setting("PEFT LoRA r=2", "peft", 2),
+    Setting("AuroRA r=1", "aurora", 1),
+    Setting("AuroRA r=1 per-channel", "aurora", 1, CHANNEL),
+    Setting("AuroRA r=2", "aurora", 2, seeds=5, parts=AURORA_PARTS),
+    Setting("AuroRA r=2 per-channel", "aurora", 2, CHANNEL, parts=(PAIRED, INSIDE)),
+    Setting("AuroRA r=4", "aurora", 4),
+    Setting("AuroRA r=4 per-channel", "aurora", 4, CHANNEL),
+    Setting("AuroRA r=8", "aurora", 8),
+    Setting("AuroRA r=8 per-channel", "aurora", 8, CHANNEL),
+    Setting(RECOMMENDED, "aurora", 2, GRID_4, IDENTITY, FAST, seeds=5, parts=AURORA_PARTS),
+    Setting("AuroRA r=8 recommended", "aurora", 8, GRID_4, IDENTITY, FAST, parts=(LANGUAGE,)),
+    Setting(BIASED, "aurora", 2, GRID_4, IDENTITY, FAST, biases=True, seeds=5, parts=(PAIRED,)),
+    Setting("LoRA r=2, biases too", "lora", 2, biases=True, seeds=5, parts=(PAIRED, AGAINST)),
+    Setting("AuroRA r=2 static", "aurora", 2, {"mode": "static"}),
+    Setting("AuroRA r=2 without F", "aurora", 2, {"fixed": False}),
+    Setting("AuroRA r=2 without L", "aurora", 2, {"learnable": False}),
+    Setting("AuroRA r=2 LeakyReLU", "aurora", 2, {"activation": "leaky_relu"}),
+    Setting("AuroRA r=2 sigmoid", "aurora", 2, {"activation": "sigmoid"}),
+)
+
+tried = functools.partial(Setting, seeds=0)
+TRIED = (
+    tried("try identity", "aurora", 2, CHANNEL, IDENTITY, parts=(PAIRED,)),
+    tried("try identity, grid +-2", "aurora", 2, GRID_2, IDENTITY),
+    tried("try identity, grid +-4", "aurora", 2, GRID_4, IDENTITY),
+    tried("try identity, grid from data", "aurora", 2, CHANNEL, FROM_DATA + IDENTITY),
+    tried("try identity, z normalised", "aurora", 2, CHANNEL, ("z normalised", *IDENTITY)),
+    tried("try identity, w and H x 0.1", "aurora", 2, CHANNEL, IDENTITY, {ANL: 0.1}),
+    tried(
+        "try per-channel, w and H x 10", "aurora", 2, CHANNEL, (), FAST, parts=(INSIDE, FINALIST)
+    ),
+    tried("try identity, B x 8", "aurora", 2, CHANNEL, IDENTITY, {B: 8.0}),
+    tried("try linear beyond the grid", "aurora", 2, CHANNEL, LINEAR),
+    tried("try linear beyond the grid, summed", "aurora", 2, {}, LINEAR),
+    tried("try summed, grid from data", "aurora", 2, {}, FROM_DATA),
+    tried("try summed, w and H x 0.1", "aurora", 2, {}, (), {ANL: 0.1}),
+    tried("try summed, w and H x 10", "aurora", 2, {}, (), FAST, parts=(FINALIST,)),
+    tried("try per-channel, w and H x 30", "aurora", 2, CHANNEL, (), {ANL: 30.0}),
+    tried("try per-channel, grid from data", "aurora", 2, CHANNEL, FROM_DATA),
+    tried(
+        "try identity, grid from data, w and H x 10",
+        "aurora",
+        2,
+        CHANNEL,
+        FROM_DATA + IDENTITY,
+        FAST,
+    ),
+    tried("try identity, grid +-2, w and H x 10", "aurora", 2, GRID_2, IDENTITY, FAST),
+    tried("try per-channel, splines drawn in +-0.5", "aurora", 2, CHANNEL, ("louder",)),
+    tried("try per-channel, w and H x 3", "aurora", 2, CHANNEL, (), {ANL: 3.0}, parts=(FINALIST,)),
+    tried("try per-channel, w x 10", "aurora", 2, CHANNEL, (), {W: 10.0}),
+    tried("try per-channel, grid from data, w and H x 10", "aurora", 2, CHANNEL, FROM_DATA, FAST),
+    tried(
+        "try per-channel, w and H x 10, biases too",
+        "aurora",
+        2,
+        CHANNEL,
+        (),
+        FAST,
+        biases=True,
+        parts=(FINALIST,),
+    ),
+    tried("try per-channel, biases too", "aurora", 2, CHANNEL, biases=True),
+    tried(
+        "try identity, w and H x 10", "aurora", 2, CHANNEL, IDENTITY, FAST, parts=(PAIRED, INSIDE)
+    ),
+    tried(
+        "try linear beyond the grid, w and H x 10",
+        "aurora",
+        2,
+        CHANNEL,
+        LINEAR,
+        FAST,
+        parts=(PAIRED,),
+    ),
+    tried(
+        "try per-channel, alpha x 4, w and H x 10",
+        "aurora",
+        2,
+        CHANNEL | {"alpha": 16.0},
+        (),
+        FAST,
+        parts=(FINALIST,),
+    ),
+    tried(
+        "try per-channel, B x 4, w and H x 10",
+        "aurora",
+        2,
+        CHANNEL,
+        (),
+        FAST | {B: 4.0},
+        parts=(FINALIST,),
+    ),
+    tried("try LoRA r=8, biases too", "lora", 8, biases=True),
+    tried("try LoRA r=2, B x 8", "lora", 2, rates={B: 8.0}),
+    tried("try LoRA r=8, B x 8", "lora", 8, rates={B: 8.0}),
+)
+
+SETTINGS = {row.name: row for row in (*JUDGED, *TRIED)}
+
+
+def taking_part(part: str) -> tuple[str, ...]:
+    """Names of the rows that take part in it, in the table's order."""
+    return tuple(name for name, row in SETTINGS.items() if part in row.parts)

@@ -1,0 +1,58 @@
+"""Times of contenders that take turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from benchmarks.lab.needs import progress
+
+Steps = Mapping[str, Callable[[], object]]
+
+
+def seconds(step: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleave(
+    steps: Steps, rounds: int, warmup: int = 2, label: str = ""
+) -> dict[str, list[float]]:
+    """Seconds of every call, by contender and round.
+
+    Each round runs every contender once, so that whatever else the machine does falls on all; every
+    other round runs them backwards, so that none always follows the same one. Warm-up rounds are
+    discarded. label: of a progress bar.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in progress(range(warmup + rounds), label, unit="round"):
+        for name in list(steps)[:: 1 if turn % 2 else -1]:
+            one = seconds(steps[name])
+            if turn >= warmup:
+                taken[name].append(one)
+    return taken
+
+
+def median_ratio(taken: Mapping[str, Sequence[float]], name: str, against: str) -> float:
+    """The median over rounds of one contender's time divided by another's."""
+    return statistics.median(a / b for a, b in zip(taken[name], taken[against], strict=True))
+
+
+def quartiles(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The median of the ratios of two paired series, and their quartiles."""
+    shares = [a / b for a, b in zip(ours, theirs, strict=True)]
+    low, middle, high = statistics.quantiles(shares, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def ratios(steps: Steps, rounds: int, against: str) -> dict[str, str]:
+    """Median ratio to `against`, with the quartiles over rounds, of every step."""
+    taken = interleave(steps, rounds)
+    return {name: quartiles(taken[name], taken[against]) for name in taken}
