@@ -122,13 +122,13 @@ def fold(model: nn.Module, name: str, slope: Tensor, offset: Tensor) -> None:
 def merge(model: nn.Module, method: str, batches: Sequence[Any]) -> None:
     """Merge by any of MERGED."""
     if method == NO_DATA:
-        aurora.merge(model, "linear")
+        aurora.merge(model, "linear", bias=True)
     elif method == IN_TURN:
         merge_in_turn(model, batches)
     elif method == FROM_X:
         merge_from_x(model, batches)
     else:
-        aurora.merge(model, method, batches, held_out=batches[:1])
+        aurora.merge(model, method, batches, held_out=batches[:1], bias=True)
 
 
 def compare(

@@ -205,10 +205,20 @@ def test_halving_a_bound_is_noticed(kind, quantity, monkeypatch):
 
 @pytest.mark.parametrize("order", range(1, 9))
 def test_spline_pieces_agree_with_cox_de_boor(order):
-    anl = ANL(1, spline_order=order, grid_size=4, grid_range=(-0.5, 2.0), dtype=torch.float64)
-    t = torch.linspace(-4, 6, 999, dtype=torch.float64)
-    expected = torch.from_numpy(bases(t.numpy(), 4, order, -0.5, 2.0)).t()
-    torch.testing.assert_close(bounds._Layer(anl, 1.0).bases(t), expected, rtol=0, atol=1e-12)
+    """The static update of one entry is its spline there, and its certificate is exact."""
+    base = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    options = {"spline_order": order, "grid_size": 4, "grid_range": (-0.5, 2.0)}
+    layer = AuroraLinear(base, 1, mode="static", alpha=1.0, fixed=False, **options)
+    nn.init.ones_(layer.B)
+    for t in torch.linspace(-4, 6, 29, dtype=torch.float64).tolist():
+        nn.init.constant_(layer.A, t)
+        nn.init.normal_(layer.anl.spline_weight)
+        basis = torch.from_numpy(bases(t, 4, order, -0.5, 2.0))
+        certified = bounds.certify(layer, x=1.0)
+        expected = abs(float(layer.anl.spline_weight[0].detach() @ basis))
+        assert certified.output == pytest.approx(expected, rel=0, abs=1e-12)
+        slope = certified.gradients["anl.spline_weight"]
+        assert slope == pytest.approx(float(basis.norm()), rel=0, abs=1e-12)
 
 
 @pytest.mark.parametrize("order", range(2, 9))
@@ -459,6 +469,8 @@ def test_report():
     assert start[30] < seen.rows[0].initial < start[70]
     lines = str(seen).splitlines()
     assert len(lines) == 3
+    assert seen._repr_html_().count("<tr>") == 3
+    assert f"<td>{seen.rows[1].output:.3g}</td>" in seen._repr_html_()
     assert lines[2].split() == ["second", *(f"{v:.3g}" for v in seen.rows[1][1:])]
     assert str(blind).splitlines()[1].split()[3] == "-"
 
@@ -476,7 +488,7 @@ def test_report_is_drawn():
 
 def test_drawing_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"aurora-adapters\[benchmarks\]"):
+    with pytest.raises(ImportError, match=r"aurora-adapters\[plots\]"):
         bounds.report_bounds(net()).plot()
 
 
@@ -487,7 +499,7 @@ def test_layers_called_by_keyword_are_measured_too():
             self.fc = nn.Linear(4, 4)
 
         def forward(self, x):
-            return self.fc(x=x) if isinstance(self.fc, aurora.AuroraLinear) else self.fc(x)
+            return self.fc(input=x)
 
     model = Calls()
     aurora.inject(model, "fc")

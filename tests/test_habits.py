@@ -1,0 +1,90 @@
+"""The files around the code agree with it: versions, Pythons, torch, tests that pages name."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import aurora
+
+ROOT = Path(__file__).parents[1]
+YAML = [
+    ROOT / "CITATION.cff",
+    ROOT / ".pre-commit-config.yaml",
+    *sorted((ROOT / ".github").rglob("*.yml")),
+]
+
+
+def setup() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+@pytest.mark.parametrize("path", YAML, ids=lambda path: path.name)
+def test_every_yaml_file_parses(path: Path) -> None:
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == aurora.__version__
+    latest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert latest is not None
+    assert latest[1] == aurora.__version__
+
+
+def test_the_workflows_run_every_python_that_setup_promises() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    pythons = workflow["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    assert pythons == ["3.10", "3.11", "3.12", "3.13", "3.14"]
+    assert setup()["options"]["python_requires"] == f">={pythons[0]}"
+
+
+def test_the_oldest_torch_that_is_tested_is_the_one_that_is_promised() -> None:
+    promised = re.search(r"torch>=(\S+)", setup()["options"]["install_requires"])
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    tested = re.search(r'^OLDEST_TORCH = "(\S+)"', noxfile, re.M)
+    assert promised is not None
+    assert tested is not None
+    assert tested[1].split(".")[:2] == promised[1].split(".")[:2]
+
+
+def test_every_session_that_a_workflow_or_a_document_names_exists() -> None:
+    sessions = set(
+        re.findall(
+            r"^@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.M
+        )
+    )
+    named: set[str] = set()
+    for path in [*YAML, *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for words in re.findall(r"nox -s ((?:\w+ ?)+)", path.read_text(encoding="utf-8")):
+            named.update(words.split())
+    assert named
+    assert named <= sessions
+
+
+def test_every_link_between_documents_leads_somewhere() -> None:
+    broken = []
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):
+            if "://" not in target and not (path.parent / target).exists():
+                broken.append(f"{path.relative_to(ROOT)} -> {target}")
+    assert not broken
+
+
+@pytest.mark.parametrize("page", ["promises", "compatibility"])
+def test_every_test_that_a_page_names_exists(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+)::(test_\w+)`", text)
+    assert len(named) > 10
+    missing = []
+    for file, test in named:
+        path = ROOT / "tests" / f"{file}.py"
+        if not path.exists() or f"def {test}(" not in path.read_text(encoding="utf-8"):
+            missing.append(f"{file}::{test}")
+    assert not missing
