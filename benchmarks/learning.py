@@ -305,6 +305,8 @@ def sweeps(plan: Plan, name: str, lines: Lines) -> tuple[list[Losses], list[Run]
     likes lower rates; a setting that is only tried has none of these unless it is a finalist.
     """
     setting = SETTINGS[name]
+    if setting.rate_of:
+        return [], []
     if setting.sweep:
         full, needed = swept(lambda lr: plan.develop(name, lr), list(setting.sweep), 1, lines)
         return ([full, full] if full else []), needed
@@ -319,6 +321,12 @@ def sweeps(plan: Plan, name: str, lines: Lines) -> tuple[list[Losses], list[Run]
 def best_rate(losses: Losses) -> float:
     """The rate with the least loss."""
     return rate(min(losses, key=losses.__getitem__))
+
+
+def chosen_rate(plan: Plan, name: str, lines: Lines) -> float | None:
+    """The rate that the runs of full length chose; None where some are missing."""
+    losses, _ = sweeps(plan, SETTINGS[name].rate_of or name, lines)
+    return best_rate(losses[1]) if len(losses) == 2 else None
 
 
 def compared(setting: Setting) -> bool:
@@ -345,8 +353,8 @@ def pending(plan: Plan, lines: Lines, language: bool = False) -> Iterator[Run]:
             later.append(plan.attempt(name, best_rate(found[0]))._replace(side="diagnosis"))
         if len(found) == 2 and compared(setting):
             later.append(plan.develop(name, best_rate(found[1]), 1))
-        if len(found) == 2:
-            ready[name] = best_rate(found[1])
+        if (lr := chosen_rate(plan, name, lines)) is not None:
+            ready[name] = lr
     if LORA in ready:
         paired = [name for name, row in plan.chosen().items() if PAIRED in row.parts]
         for seed in range(3):
@@ -376,10 +384,9 @@ def judged(plan: Plan, lines: Lines) -> Judged:
     """The held-out runs at the rate that the sweep chose."""
     found: Judged = {}
     for name in (name for name in SETTINGS if name in plan.chosen()):
-        losses, _ = sweeps(plan, name, lines)
-        if len(losses) < 2:
+        lr = chosen_rate(plan, name, lines)
+        if lr is None:
             continue
-        lr = best_rate(losses[1])
         for seed in range(SETTINGS[name].seeds):
             record = lines.get(plan.judge(name, lr, seed).key)
             for corpus, scores in record["corpora"].items() if record else ():
