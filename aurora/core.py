@@ -22,10 +22,12 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import (
     TYPE_CHECKING,
@@ -144,6 +146,22 @@ class AuroraConfig:
         """1 / h, the inverse of the knot spacing."""
         return self.grid_size / (self.grid_range[1] - self.grid_range[0])
 
+    @classmethod
+    def from_json(cls, found: Any) -> AuroraConfig:
+        """The options of `dataclasses.asdict`, after JSON. ValueError unless each is there."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        given = set(found) if isinstance(found, dict) else set()
+        if given != names or found["alpha"] is None:
+            odd = ", ".join(sorted(map(repr, given ^ names))) or "'alpha'"
+            raise ValueError(f"every option must be given, and no other; see {odd:.200}")
+        return cls(**found)
+
+    def differences(self, other: AuroraConfig) -> list[str]:
+        """The options by which the two compute different functions; the rest is for training."""
+        names = (field.name for field in dataclasses.fields(self))
+        shared = [name for name in names if name not in ("dropout", "init", "projections")]
+        return [name for name in shared if getattr(self, name) != getattr(other, name)]
+
 
 def _rules(c: AuroraConfig) -> Iterator[tuple[str, bool, str]]:
     """(option, whether its value will do, what is allowed), the rank first."""
@@ -200,6 +218,24 @@ def _configure(rank: int | AuroraConfig, options: Mapping[str, Any]) -> AuroraCo
     if isinstance(rank, AuroraConfig):
         return dataclasses.replace(rank, **options)
     return AuroraConfig(rank, **options)
+
+
+def strict_json(text: bytes | str) -> Any:
+    """Read JSON in UTF-8. ValueError also for a key that stands there twice, NaN and infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key of the JSON stands there twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    text = text if isinstance(text, str) else text.decode()
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
 
 
 # ---- sigma: the definition ------------------------------------------------------------------
@@ -336,6 +372,33 @@ class ANL(nn.Module):
             self.grid = Grid.of(self.config, wide_dtype(p), p.device)
         return self
 
+    # A state dict has the options too, under "_extra_state", so that a checkpoint says which
+    # function it holds. A buffer would be averaged by EMA, sent around by DDP at every step and
+    # left blank by to_empty; a key added by hooks would be unknown to distributed checkpoints.
+    def get_extra_state(self) -> Tensor:
+        """The options as JSON: bytes in a uint8 tensor, which safetensors can store."""
+        text = json.dumps(dataclasses.asdict(self.config)).encode()
+        return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: options are compared before any value is copied, and never changed."""
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        # State dicts of 0.1.0 have no options: those of the model are taken for theirs.
+        given = state.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        if not getattr(given, "is_meta", False):
+            try:
+                other = options_of(given)
+                unlike = self.config.differences(other)
+            except ValueError as error:
+                args[-1].append(f"{prefix}_extra_state: {error}")
+            else:
+                for name in unlike:
+                    theirs, ours = getattr(other, name), getattr(self.config, name)
+                    where = prefix.removesuffix(".") or "the ANL"
+                    args[-1].append(f"{where}: {name} is {theirs} in the state dict, {ours} here")
+        super()._load_from_state_dict(state, prefix, *args)
+
     def forward(self, z: Tensor, scale: float = 1.0) -> Tensor:
         """`scale * sigma(z)` for z (..., r). ValueError for another width or integers."""
         if z.shape[-1:] != (self.config.rank,) or not z.is_floating_point():
@@ -363,6 +426,17 @@ class ANL(nn.Module):
         return (
             f"rank={c.rank}, {F_part}, {f'{c.spline} splines, {grid}' if c.learnable else 'no L'}"
         )
+
+
+def options_of(state: Any) -> AuroraConfig:
+    """The options in what `ANL.get_extra_state` made. ValueError if they cannot be read."""
+    if not isinstance(state, Tensor) or state.dim() != 1 or state.numel() > 10_000:
+        raise ValueError("it does not hold the options of an adapter")
+    try:  # an average of equal state dicts may have made floats of the bytes
+        data = bytes(map(round, state.tolist()))
+    except (TypeError, OverflowError) as error:
+        raise ValueError("it does not hold the options of an adapter") from error
+    return AuroraConfig.from_json(strict_json(data))
 
 
 # ---- The adapted layer ----------------------------------------------------------------------
@@ -400,7 +474,7 @@ class AuroraLinear(nn.Module):
 
     Example:
         >>> sorted(AuroraLinear(nn.Linear(64, 32), rank=2).state_dict())
-        ['A', 'B', 'anl.H', 'anl.spline_weight', 'bias', 'weight']
+        ['A', 'B', 'anl.H', 'anl._extra_state', 'anl.spline_weight', 'bias', 'weight']
     """
 
     original: ClassVar[type[nn.Module]]  # the class that the layer had
@@ -415,7 +489,8 @@ class AuroraLinear(nn.Module):
     out_features = property(lambda self: self.B.shape[0], doc="The width of the output.")
     enabled = property(lambda self: not _OFF.depth.get(id(self)), doc="Not inside `disabled`.")
 
-    def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:  # noqa: D102
+    def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:
+        """Adapt the layer itself, and return it."""
         if layer is None:  # a copy or a replica, which fills in its attributes by itself
             return super().__new__(cls)
         attach(layer, _new_adapter(layer, _configure(rank, options)))
@@ -453,6 +528,12 @@ class AuroraLinear(nn.Module):
         if not self.enabled:
             return cast(Tensor, out)
         return self.add_adapter(out, args[0] if args else next(iter(kwargs.values())))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        # Release 0.1.0 had the base's tensors under "base.".
+        for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+            state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
+        super()._load_from_state_dict(state, prefix, *args)
 
     def add_adapter(self, out: Tensor, x: Tensor) -> Tensor:
         """`out + s B sigma(A x)` for out (..., out_features), x (..., in_features); new tensor.
@@ -662,8 +743,10 @@ class ModelView:
 
     def trained(self) -> list[nn.Parameter]:
         """What training moves, each once: the adapter without projections that are fixed."""
-        fixed = [layer for layer in self.layers.values() if layer.config.projections == "fixed"]
-        still = {p for layer in fixed for p in (layer.A, layer.B)}
+        still = set()
+        for layer in self.layers.values():
+            if layer.config.projections == "fixed":
+                still |= {layer.A, layer.B}
         return [p for p in dict.fromkeys(self.adapter().values()) if p not in still]
 
 
@@ -1036,10 +1119,11 @@ def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None
                 f"{label} is tied to another module, which the merge would change; untie it first"
             )
         if not computes_linear(layer):
-            kind = layer.original.__name__
-            raise ValueError(
-                f"{name or 'the layer'}, a {kind}, computes more than x W^T + b: it cannot be merged"
+            kind, told = (
+                layer.original.__name__,
+                "computes more than x W^T + b: a merge would differ",
             )
+            raise ValueError(f"{name or 'the layer'}, a {kind}, {told}")
 
 
 @torch.no_grad()
@@ -1090,7 +1174,31 @@ def static_merge(model: nn.Module) -> list[str]:
         for layer, parameter in merged.items():
             layer._parameters["weight"] = parameter
         remove(model)
+        mark_merged(merged)
     return list(found)
+
+
+# A merged model holds nothing of ours, so that what this process merged is remembered here: the
+# layers' weights, and PyTorch's counts of what has been written into them.
+_MERGED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, int]] = weakref.WeakKeyDictionary()
+
+
+def mark_merged(merged: Iterable[nn.Module]) -> None:
+    """Remember that these layers' weights have adapters merged into them."""
+    for layer in merged:
+        weight = cast(Tensor, layer.weight)
+        _MERGED[layer] = weakref.ref(weight), _writes(weight)
+
+
+def is_merged(layer: nn.Module) -> bool:
+    """Whether a merge in this process made the layer's weight, and nothing has changed it since."""
+    ref, writes = _MERGED.get(layer, (None, 0))
+    weight = layer._parameters.get("weight")
+    return ref is not None and weight is not None and ref() is weight and _writes(weight) == writes
+
+
+def _writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 # ---- Less memory in training ----------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import warnings
@@ -122,7 +123,7 @@ def start_from_gradient(
                 parts.close()
         if missing := [name for name in found if name not in starts]:
             raise ValueError(f"chunk= needs a whole `for _ in parts:`; not looked at: {missing[0]}")
-        changes = [change for name in found for change in starts[name]]
+        changes = list(itertools.chain.from_iterable(starts.values()))
         with core.unchanged_on_error(model, [p for p, _ in changes]), torch.no_grad():
             for p, value in changes:
                 p.copy_(_placed(value, p))
@@ -492,7 +493,8 @@ def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and above 0, got {value!r}")
     found = core.layers(model).values()
-    nonlinear = list(dict.fromkeys(p for layer in found for p in layer.anl.parameters()))
+    every = itertools.chain.from_iterable(layer.anl.parameters() for layer in found)
+    nonlinear = list(dict.fromkeys(every))
     others = [p for p in core.parameters(model) if p not in set(nonlinear)]
     slow: dict[str, Any] = {"params": others, "lr": lr}
     return [slow, {"params": nonlinear, "lr": factor * lr, "weight_decay": 0.0}]
