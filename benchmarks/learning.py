@@ -225,7 +225,10 @@ def shares(layer: core.AuroraLinear, z: Tensor) -> dict[str, Tensor]:
 
 
 class Plan(NamedTuple):
-    """How much to run: steps and texts of the runs that count, and of those that only try."""
+    """How much to run: steps and texts of the runs that count, and of those that only try.
+
+    A setting whose length is not 1 trains so many times the steps.
+    """
 
     steps: int = folds.STEPS
     texts: int = folds.TEXTS
@@ -242,12 +245,14 @@ class Plan(NamedTuple):
 
     def attempt(self, name: str, lr: float, seed: int = 0) -> Run:
         """A short run on the development fold."""
-        amount = (self.try_steps, self.try_texts, self.try_held)
+        steps = self.try_steps * SETTINGS[name].length
+        amount = (steps, self.try_texts, self.try_held)
         return Run("development", name, lr, "all", seed, *amount)
 
     def develop(self, name: str, lr: float, seed: int = 0) -> Run:
         """A run of full length on the development fold."""
-        return Run("development", name, lr, "all", seed, self.steps, self.texts, self.try_held)
+        amount = (self.steps * SETTINGS[name].length, self.texts, self.try_held)
+        return Run("development", name, lr, "all", seed, *amount)
 
     def pair(self, name: str, lr: float, seed: int) -> Run:
         """Likewise, with the A that others start with."""
@@ -255,7 +260,7 @@ class Plan(NamedTuple):
 
     def judge(self, name: str, lr: float, seed: int) -> Run:
         """A run on the held-out folds."""
-        amount = (self.steps, self.texts, self.held)
+        amount = (self.steps * SETTINGS[name].length, self.texts, self.held)
         return Run("held-out", name, lr, "all", seed, *amount, "shared")
 
 

@@ -37,6 +37,7 @@ class Setting:
         rates: regex of parameter names -> factor on the learning rate; the first match counts.
         biases: whether the adapted layers' own biases train too.
         train: regex of the parameters that train beside adapters, None for the place's own.
+        length: how many times the plan's steps it trains.
         seeds: runs on the held-out folds, 0 for a setting that is only tried on development.
         parts: what else it takes part in, of the words above.
     """
@@ -49,6 +50,7 @@ class Setting:
     rates: Mapping[str, float] = field(default_factory=dict)
     biases: bool = False
     train: str | None = None
+    length: int = 1
     seeds: int = 3
     parts: tuple[str, ...] = ()
 
