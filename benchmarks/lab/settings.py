@@ -66,11 +66,8 @@ GRID_2 = {"spline": "per-channel", "grid_range": (-2.0, 2.0)}
 GRID_4 = {"spline": "per-channel", "grid_range": (-4.0, 4.0)}
 IDENTITY, LINEAR = ("identity",), ("linear beyond the grid",)
 FROM_DATA = ("grid from data",)
-ANL, B, W = (
-    r"\.anl\.",
-    r"\.B$",
-    r"\.spline_weight$",
-)  # H and the spline weights; B; the spline weights
+ANL = r"\.anl\."  # H and the spline weights
+B, W = r"\.B$", r"\.spline_weight$"
 FAST = {ANL: 10.0}
 LOOK = ("head warmed", "gradient")  # both are paid for with steps of the budget
 FIXED = GRID_4 | {"projections": "fixed", "init": "zero", "activation": "identity"}
