@@ -6,6 +6,7 @@ from aurora.bounds import Certificate as Certificate
 from aurora.bounds import assert_bounded as assert_bounded
 from aurora.bounds import certify as certify
 from aurora.bounds import report_bounds as report_bounds
+from aurora.checkpoint import Loaded as Loaded
 from aurora.checkpoint import adapter_state_dict as adapter_state_dict
 from aurora.checkpoint import load as load
 from aurora.checkpoint import load_adapter_state_dict as load_adapter_state_dict

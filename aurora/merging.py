@@ -319,6 +319,7 @@ def merge(
             _write(plan)
         if chosen:
             core.remove(model, [plan.layer for plan in chosen])
+            core.mark_merged(plan.layer for plan in chosen)
     undo.merged(plan.row.name for plan in chosen)
     return MergeReport([plan.row for plan in plans], undo)
 
