@@ -25,7 +25,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -432,7 +432,7 @@ class AuroraTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         *,
-        method: str = "static",
+        method: Literal["static", "linear", "calibrated"] = "static",
         batches: Iterable[Any] | None = None,
         held_out: Iterable[Any] | None = None,
         **options: Any,
