@@ -110,7 +110,7 @@ def start_from_gradient(
     """
     found = core.layers(model)
     _check_start(found, ridge, chunk)
-    with _gradients_aside(model), _uncompiled():
+    with core.unchanged_on_error(model), _gradients_aside(model), _uncompiled():
         starts: _Starts = {}
         if chunk is None:
             with _looking(found, ridge, starts):
@@ -459,15 +459,10 @@ def start_as_identity(model: nn.Module) -> None:
         if not layer.B.is_meta and layer.B.any():
             cure = "layer.reset_parameters() would start afresh"
             raise ValueError(f"{name} has been trained already; {cure}")
-    for layer in found.values():
-        c, w = layer.config, layer.anl.spline_weight
-        assert w is not None
-        for p in layer.anl.parameters():
-            p.zero_()
-        constant = layer.anl(w.new_zeros(c.rank))  # F, and nothing else, as the splines are 0
-        wide = torch.promote_types(w.dtype, torch.float32)
-        places = torch.arange(w.shape[1], dtype=wide, device=w.device) - (c.spline_order - 1) / 2
-        w.copy_(c.grid_range[0] + places / c.cells_per_unit - constant.unsqueeze(1))
+    own = itertools.chain.from_iterable(layer.anl.parameters() for layer in found.values())
+    with core.unchanged_on_error(model, own):
+        for layer in found.values():
+            layer.anl.start_as_identity()
 
 
 def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[dict[str, Any]]:
