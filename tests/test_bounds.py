@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import sys
 import warnings
@@ -268,6 +269,19 @@ def test_the_allowance_is_small_beside_the_certificate(dtype, most):
     print(f"\n{dtype}: allowance / certificate {ratios.median():.2g}, at most {ratios.max():.2g}")
     assert ratios.median() <= most
     assert ratios.isfinite().all()
+
+
+def test_lowered_products_are_allowed_for(monkeypatch):
+    layer = AuroraLinear(nn.Linear(8, 8), 2)
+    nn.init.normal_(layer.B)
+    single, double = (
+        functools.partial(bounds.allowance, layer, 1.0, 1.0, dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    before = single().output, double().output
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert 1e3 * before[0] < single().output < math.inf
+    assert double().output == before[1]
 
 
 def static_overflow():
