@@ -33,11 +33,12 @@ class Certificate:
     """Upper bounds for one layer; for an `ANL` the layer is sigma itself, with input z.
 
     Attributes:
-        value: |sigma(z)| per channel, (r,), float64. jacobian: |d sigma / d z|, the Lipschitz
-        constant of sigma. output: the adapter's part of the layer's output, for one row.
-        lipschitz: |d output / d input| of the adapter. gradients: of the loss, with respect to
-        "x" (the adapter's part of it) and to every parameter
-            by its name.
+        value: |sigma(z)| per channel, (r,), float64.
+        jacobian: |d sigma / d z|, the Lipschitz constant of sigma.
+        output: The adapter's part of the layer's output, for one row.
+        lipschitz: |d output / d input| of the adapter.
+        gradients: Of the loss, by name: with respect to "x" (the adapter's part of it) and to
+            every parameter.
     """
 
     value: Tensor

@@ -38,6 +38,7 @@ from benchmarks.lab.methods import (
     groups,
     hidden_vectors,
     prepare,
+    spent,
 )
 from benchmarks.lab.records import Lines, Record
 from benchmarks.lab.report import markdown_table, picture, write_report
@@ -107,13 +108,16 @@ def read_ratings(run: Run) -> Record:
     learn, judged = folds.sides(run.side, run.texts, run.held)
     torch.manual_seed(run.seed)
     model = task.Reader(copy.deepcopy(models.encoder()[0])).eval()
-    sample = Sample(learn.inputs(128), learn.sample(64).batches(64), rating_loss)
+    steps = run.steps - spent(setting)
+    order = torch.Generator().manual_seed(run.seed)
+    first = learn.batches(folds.SIZE, order)[: spent(setting)] if spent(setting) else []
+    sample = Sample(learn.inputs(128), learn.sample(64).batches(64), rating_loss, first)
     prepare(model, setting, run.placed(ENCODER), sample)
     found: Record = {"adapter": trained(model)}
     if run.side == "diagnosis":
         found["before"] = diagnose(model, sample)
     start, rates = time.perf_counter(), groups(model, setting, run.lr)
-    how = {"steps": run.steps, "lr": run.lr, "seed": run.seed, "size": folds.SIZE}
+    how = {"steps": steps, "lr": run.lr, "seed": run.seed, "size": folds.SIZE}
     train(model, learn, groups=rates, **how)  # type: ignore[arg-type]
     found["seconds"] = time.perf_counter() - start
     if run.side == "diagnosis":
@@ -157,10 +161,12 @@ def continue_texts(run: Run) -> Record:
     torch.manual_seed(run.seed)
     model = copy.deepcopy(source)
     few = {"input_ids": learn[:16], "attention_mask": torch.ones_like(learn[:16])}
-    sample = Sample([few], learn[:64].split(8), next_token_loss)
+    steps = run.steps - spent(setting)
+    first = learn[: 8 * spent(setting)].split(8)
+    sample = Sample([few], learn[:64].split(8), next_token_loss, first)
     prepare(model, setting, run.placed(LANGUAGE_MODEL), sample)
     rates = groups(model, setting, run.lr)
-    seconds = train_language(model, learn, rates, steps=run.steps, lr=run.lr, seed=run.seed)
+    seconds = train_language(model, learn, rates, steps=steps, lr=run.lr, seed=run.seed)
     development, held = (language_losses(model, ids) for ids in judged)
     return {
         "adapter": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -298,8 +304,13 @@ def sweeps(plan: Plan, name: str, lines: Lines) -> tuple[list[Losses], list[Run]
     length over every quarter decade choose, from there and the two rates below, as longer training
     likes lower rates; a setting that is only tried has none of these unless it is a finalist.
     """
-    short, needed = swept(lambda lr: plan.attempt(name, lr), [-12, -10, -8], 2, lines)
     setting = SETTINGS[name]
+    if setting.rate_of:
+        return [], []
+    if setting.sweep:
+        full, needed = swept(lambda lr: plan.develop(name, lr), list(setting.sweep), 1, lines)
+        return ([full, full] if full else []), needed
+    short, needed = swept(lambda lr: plan.attempt(name, lr), [-12, -10, -8], 2, lines)
     if needed or not (setting.seeds or FINALIST in setting.parts):
         return ([short] if short else []), needed
     i = max(min(short, key=short.__getitem__), LOWEST + 2)
@@ -310,6 +321,12 @@ def sweeps(plan: Plan, name: str, lines: Lines) -> tuple[list[Losses], list[Run]
 def best_rate(losses: Losses) -> float:
     """The rate with the least loss."""
     return rate(min(losses, key=losses.__getitem__))
+
+
+def chosen_rate(plan: Plan, name: str, lines: Lines) -> float | None:
+    """The rate that the runs of full length chose; None where some are missing."""
+    losses, _ = sweeps(plan, SETTINGS[name].rate_of or name, lines)
+    return best_rate(losses[1]) if len(losses) == 2 else None
 
 
 def compared(setting: Setting) -> bool:
@@ -336,8 +353,8 @@ def pending(plan: Plan, lines: Lines, language: bool = False) -> Iterator[Run]:
             later.append(plan.attempt(name, best_rate(found[0]))._replace(side="diagnosis"))
         if len(found) == 2 and compared(setting):
             later.append(plan.develop(name, best_rate(found[1]), 1))
-        if len(found) == 2:
-            ready[name] = best_rate(found[1])
+        if (lr := chosen_rate(plan, name, lines)) is not None:
+            ready[name] = lr
     if LORA in ready:
         paired = [name for name, row in plan.chosen().items() if PAIRED in row.parts]
         for seed in range(3):
@@ -367,10 +384,9 @@ def judged(plan: Plan, lines: Lines) -> Judged:
     """The held-out runs at the rate that the sweep chose."""
     found: Judged = {}
     for name in (name for name in SETTINGS if name in plan.chosen()):
-        losses, _ = sweeps(plan, name, lines)
-        if len(losses) < 2:
+        lr = chosen_rate(plan, name, lines)
+        if lr is None:
             continue
-        lr = best_rate(losses[1])
         for seed in range(SETTINGS[name].seeds):
             record = lines.get(plan.judge(name, lr, seed).key)
             for corpus, scores in record["corpora"].items() if record else ():

@@ -38,6 +38,10 @@ class Setting:
         biases: whether the adapted layers' own biases train too.
         train: regex of the parameters that train beside adapters, None for the place's own.
         seeds: runs on the held-out folds, 0 for a setting that is only tried on development.
+        sweep: places in the grid of rates that its runs of full length start from; where it is
+            empty, short runs find them. For starts that spend a part of the budget short runs
+            would say little.
+        rate_of: the setting whose rate it takes, instead of one of its own.
         parts: what else it takes part in, of the words above.
     """
 
@@ -50,6 +54,8 @@ class Setting:
     biases: bool = False
     train: str | None = None
     seeds: int = 3
+    sweep: tuple[int, ...] = ()
+    rate_of: str = ""
     parts: tuple[str, ...] = ()
 
 
@@ -64,6 +70,9 @@ ANL, B, W = (
     r"\.spline_weight$",
 )  # H and the spline weights; B; the spline weights
 FAST = {ANL: 10.0}
+LOOK = ("head warmed", "gradient")  # both are paid for with steps of the budget
+FIXED = GRID_4 | {"projections": "fixed", "init": "zero", "activation": "identity"}
+LINEAR_CORE = FIXED | {"learnable": False}
 LORA_PARTS = (PAIRED, AGAINST, LANGUAGE, QUICK)
 AURORA_PARTS = (PAIRED, INSIDE, LANGUAGE, QUICK)
 
@@ -95,6 +104,19 @@ JUDGED = (
     Setting("AuroRA r=2 without L", "aurora", 2, {"learnable": False}),
     Setting("AuroRA r=2 LeakyReLU", "aurora", 2, {"activation": "leaky_relu"}),
     Setting("AuroRA r=2 sigmoid", "aurora", 2, {"activation": "sigmoid"}),
+    Setting("LoRA r=2, gradient", "lora", 2, {}, LOOK, seeds=5, rate_of="LoRA r=2"),
+    Setting("LoRA r=8, gradient", "lora", 8, {}, LOOK, seeds=5, rate_of="LoRA r=8"),
+    Setting(
+        "AuroRA r=2, gradient",
+        "aurora",
+        2,
+        GRID_4,
+        IDENTITY + LOOK,
+        FAST,
+        seeds=5,
+        rate_of=RECOMMENDED,
+    ),
+    Setting("AuroRA r=32 fixed", "aurora", 32, FIXED, LOOK, seeds=5, sweep=(-11, -10, -9)),
 )
 
 tried = functools.partial(Setting, seeds=0)
