@@ -203,6 +203,7 @@ def test_no_bound_of_a_layer_is_exceeded(case):
 
 
 # At a kink a slope may be off by the whole jump, which is no rounding error.
+@settings(max_examples=settings.default.max_examples // 2)
 @given(st.one_of(anl_cases(smooth=True), layer_cases(["static"], smooth=True)))
 def test_no_error_exceeds_its_allowance(case):
     """The errors themselves, against float64, where the point z is exact and so does not move."""
