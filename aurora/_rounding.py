@@ -69,6 +69,8 @@ class Rounding:
         self.B = self.outer.rounded(Computed(frobenius(layer.B)), layer.B.numel())
         # In static mode sigma is evaluated on the columns of A.
         self.columns = self.d_in if layer.static else 1
+        z = self.outer.product(self.A, self.x, self.d_in, self.r)
+        self.lost = math.isinf(z.error) and not layer.static  # z may overflow, and be NaN
         self.shift = self.shifts()
         k, n = layer.config.spline_order, layer.w.shape[1]
         terms = self.r + layer.count + n * (k // 2 + 1) + k + max(rows, self.columns)
@@ -77,12 +79,10 @@ class Rounding:
     # The steps around sigma
 
     def shifts(self) -> Tensor:
-        """How far rounding z = A x moves phi(z) out of its range, (r,); infinite if z overflows."""
+        """How far rounding z = A x moves phi(z) out of its range, (r,)."""
         layer, outer = self.layer, self.outer
-        if layer.static:
+        if layer.static:  # z is a column of A, and exact
             return torch.zeros_like(layer.reach)
-        if math.isinf(outer.product(self.A, self.x, self.d_in, self.r).error):
-            return torch.full_like(layer.reach, math.inf)
         relative = 3 * outer.eps + (self.d_in + 4) * outer.fine
         least = outer.eps * outer.tiny + outer.least
         absolute = least * (1 + self.d_in + math.sqrt(self.d_in) * self.x.size)
@@ -159,8 +159,9 @@ class Rounding:
         if layer.fixed:
             absolute = absolute + 1 + times(H, reach).sum(1)
         error = self.unit * absolute + layer.phi.slope * times(H, self.shift).sum(1)
-        in_range = max(1.0, layer.scaling) * absolute <= self.inner.largest
-        return error.where(in_range & self.shift.isfinite().all(), math.inf)
+        if self.lost:
+            return torch.full_like(error, math.inf)
+        return error.where(max(1.0, layer.scaling) * absolute <= self.inner.largest, math.inf)
 
     def value(self) -> Tensor:
         """The errors (r,) of sigma's channels."""
@@ -185,7 +186,7 @@ class Rounding:
         fixed = steepest * frobenius(outer * H)
         per_unit = math.sqrt(layer.count) * layer.config.cells_per_unit * self.bumps()[1]
         spline = self.unit * per_unit * float(norm(self.weights()))
-        out_of_range = self.shift.isinf().any() or max(self.largest()) > self.inner.largest
+        out_of_range = self.lost or max(self.largest()) > self.inner.largest
         return math.inf if out_of_range else fixed + spline
 
     def largest(self) -> tuple[float, float, float]:
@@ -219,7 +220,8 @@ class Rounding:
     def _step(self, q: Computed, bound: float, error: float, largest: float) -> Computed:
         """s times a linear map of norm `bound`, known to within `error`, applied to q."""
         s, reached = self.layer.scaling, q.size + q.error
-        if math.isinf(q.error) or math.isinf(error) or largest * reached > self.inner.largest:
+        lost = self.lost or math.inf in (q.error, error)  # what arrives may be NaN
+        if lost or largest * reached > self.inner.largest:
             return Computed(product(s, bound, q.size), math.inf)
         underflow = self.unit * self.inner.tiny * self.rows * self.r * max(1.0, largest)
         off = product(s, bound, q.error) + product(s, error, reached) + underflow

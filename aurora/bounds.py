@@ -33,11 +33,12 @@ class Certificate:
     """Upper bounds for one layer; for an `ANL` the layer is sigma itself, with input z.
 
     Attributes:
-        value: |sigma(z)| per channel, (r,), float64. jacobian: |d sigma / d z|, the Lipschitz
-        constant of sigma. output: the adapter's part of the layer's output, for one row.
-        lipschitz: |d output / d input| of the adapter. gradients: of the loss, with respect to
-        "x" (the adapter's part of it) and to every parameter
-            by its name.
+        value: |sigma(z)| per channel, (r,), float64.
+        jacobian: |d sigma / d z|, the Lipschitz constant of sigma.
+        output: The adapter's part of the layer's output, for one row.
+        lipschitz: |d output / d input| of the adapter.
+        gradients: Of the loss, by name: with respect to "x" (the adapter's part of it) and to
+            every parameter.
     """
 
     value: Tensor
@@ -305,8 +306,12 @@ def _compare(name: str, layer: core.AuroraLinear, seen: _Measured) -> list[str]:
     bounds = certify(layer, seen.x, seen.upstream).numbers()
     slack = allowance(layer, seen.x, seen.upstream, seen.dtype, seen.rows).numbers()
     for quantity, norm in seen.norms.items():
-        # What is not finite is no norm, whatever the allowance.
-        if not norm <= bounds[quantity] + slack[quantity] or not math.isfinite(norm):
+        if not math.isfinite(norm):  # no norm, whatever the allowance
+            raise AssertionError(
+                f"{name}: {quantity} is {norm}, its certificate {bounds[quantity]:.6g}: a step "
+                f"overflowed {seen.dtype}; run the model in a wider dtype or on smaller inputs"
+            )
+        if not norm <= bounds[quantity] + slack[quantity]:
             raise AssertionError(
                 f"{name}: {quantity} measured {norm:.6g}, above its certificate "
                 f"{bounds[quantity]:.6g} (rounding may add {slack[quantity]:.2g})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib
 import re
 from pathlib import Path
 
@@ -12,6 +13,27 @@ import yaml
 import aurora
 
 ROOT = Path(__file__).parents[1]
+PUBLIC_IN_0_1_0 = {
+    "aurora": """
+        ANL AuroraConfig AuroraLinear BoundsReport Certificate MergeReport
+        adapter_state_dict assert_bounded certify disabled inject load
+        load_adapter_state_dict merge parameter_groups parameters remove report_bounds save
+        start_as_identity watch_linearity
+    """,
+    "aurora.core": """
+        AuroraConfig ANL AuroraLinear linear_features walk layers base_parameters Injection
+        inject swap remove trained_parameters parameters disabled check_mergeable merge
+    """,
+    "aurora.checkpoint": "VERSION save load adapter_state_dict load_adapter_state_dict",
+    "aurora.merging": """
+        METHODS Moments Affine fit collect MergedLayer MergeReport merge computes_linear
+        merged_tensors watch_linearity
+    """,
+    "aurora.bounds": """
+        Certificate certify allowance assert_bounded LayerBounds BoundsReport report_bounds
+    """,
+    "aurora.training": "start_as_identity parameter_groups call layer_input evaluating",
+}
 YAML = [
     ROOT / "CITATION.cff",
     ROOT / ".pre-commit-config.yaml",
@@ -36,6 +58,24 @@ def test_the_citation_names_this_version() -> None:
     latest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     assert latest is not None
     assert latest[1] == aurora.__version__
+
+
+def test_every_public_name_of_0_1_0_is_here_or_the_changelog_says_where() -> None:
+    moved = re.findall(r"^\| (`.*?) \|", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    pointed = {name for cell in moved for name in re.findall(r"`([\w.]+)", cell)}
+    lost, pointless = [], []
+    for module, names in PUBLIC_IN_0_1_0.items():
+        for name in names.split():
+            try:
+                here = hasattr(importlib.import_module(module), name)
+            except ImportError:
+                here = False
+            if not here and f"{module}.{name}" not in pointed:
+                lost.append(f"{module}.{name}")
+            if here and f"{module}.{name}" in pointed:
+                pointless.append(f"{module}.{name}")
+    assert not lost
+    assert not pointless
 
 
 def test_the_workflows_run_every_python_that_setup_promises() -> None:
@@ -75,6 +115,12 @@ def test_every_link_between_documents_leads_somewhere() -> None:
             if "://" not in target and not (path.parent / target).exists():
                 broken.append(f"{path.relative_to(ROOT)} -> {target}")
     assert not broken
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    shown = {target.rpartition(".")[2] for target in re.findall(r"^::: (\S+)$", text, re.M)}
+    assert not set(aurora.__all__) - shown
 
 
 @pytest.mark.parametrize("page", ["promises", "compatibility"])

@@ -46,7 +46,7 @@ def learn() -> dict[str, Tensor]:
         z = x @ layer.A[0]
         grid = torch.linspace(*z.quantile(torch.tensor([0.002, 0.998])).tolist(), 400)
         added = layer.scaling * (u @ layer.B) * layer.anl(grid[:, None]).squeeze(1)
-        wanted = (target - base(x)) @ u
+        wanted = (target - layer.base(x)) @ u
         if (z @ wanted) < 0:  # the sign of a hidden channel is free
             z, grid = -z, -grid
         slope = (z @ wanted) / (z @ z)
