@@ -231,7 +231,10 @@ def shares(layer: core.AuroraLinear, z: Tensor) -> dict[str, Tensor]:
 
 
 class Plan(NamedTuple):
-    """How much to run: steps and texts of the runs that count, and of those that only try."""
+    """How much to run: steps and texts of the runs that count, and of those that only try.
+
+    A setting whose length is not 1 trains so many times the steps.
+    """
 
     steps: int = folds.STEPS
     texts: int = folds.TEXTS
@@ -248,12 +251,14 @@ class Plan(NamedTuple):
 
     def attempt(self, name: str, lr: float, seed: int = 0) -> Run:
         """A short run on the development fold."""
-        amount = (self.try_steps, self.try_texts, self.try_held)
+        steps = self.try_steps * SETTINGS[name].length
+        amount = (steps, self.try_texts, self.try_held)
         return Run("development", name, lr, "all", seed, *amount)
 
     def develop(self, name: str, lr: float, seed: int = 0) -> Run:
         """A run of full length on the development fold."""
-        return Run("development", name, lr, "all", seed, self.steps, self.texts, self.try_held)
+        amount = (self.steps * SETTINGS[name].length, self.texts, self.try_held)
+        return Run("development", name, lr, "all", seed, *amount)
 
     def pair(self, name: str, lr: float, seed: int) -> Run:
         """Likewise, with the A that others start with."""
@@ -261,7 +266,7 @@ class Plan(NamedTuple):
 
     def judge(self, name: str, lr: float, seed: int) -> Run:
         """A run on the held-out folds."""
-        amount = (self.steps, self.texts, self.held)
+        amount = (self.steps * SETTINGS[name].length, self.texts, self.held)
         return Run("held-out", name, lr, "all", seed, *amount, "shared")
 
 
@@ -330,8 +335,7 @@ def chosen_rate(plan: Plan, name: str, lines: Lines) -> float | None:
 
 
 def compared(setting: Setting) -> bool:
-    """Whether it takes part in the choice of a setting: all that is tried, and what it is tried
-    against."""
+    """Whether it takes part in the choice of a setting, as all that is tried and its rivals do."""
     return not setting.seeds or PAIRED in setting.parts or AGAINST in setting.parts
 
 
@@ -452,16 +456,16 @@ def rates_table(plan: Plan, lines: Lines, full: bool) -> str:
     """
     found: dict[str, Losses] = {}
     for name in plan.chosen():
-        losses, _ = sweeps(plan, name, lines)
-        if len(losses) > full:
-            found[name] = losses[full]
+        both, _ = sweeps(plan, name, lines)
+        if len(both) > full and (full or not SETTINGS[name].sweep):  # which has no short runs
+            found[name] = both[full]
     places = sorted(set().union(*found.values()))
     make = plan.develop if full else plan.attempt
     rows = []
     for name, losses in found.items():
         cells = [f"{losses[i]:.3f}" if i in losses else "" for i in places]
-        both = [lines.get(make(name, best_rate(losses), seed).key) for seed in range(2)]
-        rows.append([name, *cells, *_means_of_two([r for r in both if r])])
+        seeds = [lines.get(make(name, best_rate(losses), seed).key) for seed in range(2)]
+        rows.append([name, *cells, *_means_of_two([r for r in seeds if r])])
     steps = plan.steps if full else plan.try_steps
     header = [f"development loss, {steps} steps", *(f"{rate(i):g}" for i in places)]
     return markdown_table([*header, "2 seeds", "(accuracy + Pearson) / 2"], rows)

@@ -421,6 +421,16 @@ def test_settings_that_are_tried_are_never_judged_on_held_out_texts() -> None:
     assert held == {name for name in SETTINGS if not name.startswith("try")}
 
 
+def test_a_longer_setting_trains_longer_and_the_others_as_they_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    longer = dataclasses.replace(SETTINGS["LoRA r=2"], name="LoRA r=2, longer", length=4)
+    monkeypatch.setitem(SETTINGS, longer.name, longer)
+    for make in (FEW.attempt, FEW.develop, FEW.judge):
+        usual, long = (make(name, 1e-3, 0) for name in ("LoRA r=2", longer.name))
+        assert long == usual._replace(method=longer.name, steps=4 * usual.steps)
+
+
 def test_the_language_model_is_asked_for() -> None:
     assert not any(run.side == "language" for run in learning.pending(FEW, {}))
     runs = [run for run in learning.pending(FEW, {}, language=True) if run.side == "language"]

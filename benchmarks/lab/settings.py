@@ -37,6 +37,7 @@ class Setting:
         rates: regex of parameter names -> factor on the learning rate; the first match counts.
         biases: whether the adapted layers' own biases train too.
         train: regex of the parameters that train beside adapters, None for the place's own.
+        length: how many times the plan's steps it trains.
         seeds: runs on the held-out folds, 0 for a setting that is only tried on development.
         sweep: places in the grid of rates that its runs of full length start from; where it is
             empty, short runs find them. For starts that spend a part of the budget short runs
@@ -53,6 +54,7 @@ class Setting:
     rates: Mapping[str, float] = field(default_factory=dict)
     biases: bool = False
     train: str | None = None
+    length: int = 1
     seeds: int = 3
     sweep: tuple[int, ...] = ()
     rate_of: str = ""
@@ -64,11 +66,8 @@ GRID_2 = {"spline": "per-channel", "grid_range": (-2.0, 2.0)}
 GRID_4 = {"spline": "per-channel", "grid_range": (-4.0, 4.0)}
 IDENTITY, LINEAR = ("identity",), ("linear beyond the grid",)
 FROM_DATA = ("grid from data",)
-ANL, B, W = (
-    r"\.anl\.",
-    r"\.B$",
-    r"\.spline_weight$",
-)  # H and the spline weights; B; the spline weights
+ANL = r"\.anl\."  # H and the spline weights
+B, W = r"\.B$", r"\.spline_weight$"
 FAST = {ANL: 10.0}
 LOOK = ("head warmed", "gradient")  # both are paid for with steps of the budget
 FIXED = GRID_4 | {"projections": "fixed", "init": "zero", "activation": "identity"}
