@@ -1,10 +1,12 @@
 """Nonlinear low-rank adaptation of PyTorch models: AuroRA (NeurIPS 2025, arXiv:2505.18738)."""
 
+from aurora._running import check as check
 from aurora.bounds import BoundsReport as BoundsReport
 from aurora.bounds import Certificate as Certificate
 from aurora.bounds import assert_bounded as assert_bounded
 from aurora.bounds import certify as certify
 from aurora.bounds import report_bounds as report_bounds
+from aurora.checkpoint import Loaded as Loaded
 from aurora.checkpoint import adapter_state_dict as adapter_state_dict
 from aurora.checkpoint import load as load
 from aurora.checkpoint import load_adapter_state_dict as load_adapter_state_dict
@@ -21,6 +23,7 @@ from aurora.core import summary as summary
 from aurora.merging import MergeReport as MergeReport
 from aurora.merging import merge as merge
 from aurora.merging import watch_linearity as watch_linearity
+from aurora.plots import plot as plot
 from aurora.recipes import parameter_groups as parameter_groups
 from aurora.recipes import recommended as recommended
 from aurora.recipes import roughness as roughness

@@ -22,10 +22,12 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import (
     TYPE_CHECKING,
@@ -144,6 +146,22 @@ class AuroraConfig:
         """1 / h, the inverse of the knot spacing."""
         return self.grid_size / (self.grid_range[1] - self.grid_range[0])
 
+    @classmethod
+    def from_json(cls, found: Any) -> AuroraConfig:
+        """The options of `dataclasses.asdict`, after JSON. ValueError unless each is there."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        given = set(found) if isinstance(found, dict) else set()
+        if given != names or found["alpha"] is None:
+            odd = ", ".join(sorted(map(repr, given ^ names))) or "'alpha'"
+            raise ValueError(f"every option must be given, and no other; see {odd:.200}")
+        return cls(**found)
+
+    def differences(self, other: AuroraConfig) -> list[str]:
+        """The options by which the two compute different functions; the rest is for training."""
+        names = (field.name for field in dataclasses.fields(self))
+        shared = [name for name in names if name not in ("dropout", "init", "projections")]
+        return [name for name in shared if getattr(self, name) != getattr(other, name)]
+
 
 def _rules(c: AuroraConfig) -> Iterator[tuple[str, bool, str]]:
     """(option, whether its value will do, what is allowed), the rank first."""
@@ -200,6 +218,24 @@ def _configure(rank: int | AuroraConfig, options: Mapping[str, Any]) -> AuroraCo
     if isinstance(rank, AuroraConfig):
         return dataclasses.replace(rank, **options)
     return AuroraConfig(rank, **options)
+
+
+def strict_json(text: bytes | str) -> Any:
+    """Read JSON in UTF-8. ValueError also for a key that stands there twice, NaN and infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key of the JSON stands there twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    text = text if isinstance(text, str) else text.decode()
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
 
 
 # ---- sigma: the definition ------------------------------------------------------------------
@@ -336,6 +372,33 @@ class ANL(nn.Module):
             self.grid = Grid.of(self.config, wide_dtype(p), p.device)
         return self
 
+    # A state dict has the options too, under "_extra_state", so that a checkpoint says which
+    # function it holds. A buffer would be averaged by EMA, sent around by DDP at every step and
+    # left blank by to_empty; a key added by hooks would be unknown to distributed checkpoints.
+    def get_extra_state(self) -> Tensor:
+        """The options as JSON: bytes in a uint8 tensor, which safetensors can store."""
+        text = json.dumps(dataclasses.asdict(self.config)).encode()
+        return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: options are compared before any value is copied, and never changed."""
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        # State dicts of 0.1.0 have no options: those of the model are taken for theirs.
+        given = state.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        if not getattr(given, "is_meta", False):
+            try:
+                other = options_of(given)
+                unlike = self.config.differences(other)
+            except ValueError as error:
+                args[-1].append(f"{prefix}_extra_state: {error}")
+            else:
+                for name in unlike:
+                    theirs, ours = getattr(other, name), getattr(self.config, name)
+                    where = prefix.removesuffix(".") or "the ANL"
+                    args[-1].append(f"{where}: {name} is {theirs} in the state dict, {ours} here")
+        super()._load_from_state_dict(state, prefix, *args)
+
     def forward(self, z: Tensor, scale: float = 1.0) -> Tensor:
         """`scale * sigma(z)` for z (..., r). ValueError for another width or integers."""
         if z.shape[-1:] != (self.config.rank,) or not z.is_floating_point():
@@ -363,6 +426,17 @@ class ANL(nn.Module):
         return (
             f"rank={c.rank}, {F_part}, {f'{c.spline} splines, {grid}' if c.learnable else 'no L'}"
         )
+
+
+def options_of(state: Any) -> AuroraConfig:
+    """The options in what `ANL.get_extra_state` made. ValueError if they cannot be read."""
+    if not isinstance(state, Tensor) or state.dim() != 1 or state.numel() > 10_000:
+        raise ValueError("it does not hold the options of an adapter")
+    try:  # an average of equal state dicts may have made floats of the bytes
+        data = bytes(map(round, state.tolist()))
+    except (TypeError, OverflowError) as error:
+        raise ValueError("it does not hold the options of an adapter") from error
+    return AuroraConfig.from_json(strict_json(data))
 
 
 # ---- The adapted layer ----------------------------------------------------------------------
@@ -400,7 +474,7 @@ class AuroraLinear(nn.Module):
 
     Example:
         >>> sorted(AuroraLinear(nn.Linear(64, 32), rank=2).state_dict())
-        ['A', 'B', 'anl.H', 'anl.spline_weight', 'bias', 'weight']
+        ['A', 'B', 'anl.H', 'anl._extra_state', 'anl.spline_weight', 'bias', 'weight']
     """
 
     original: ClassVar[type[nn.Module]]  # the class that the layer had
@@ -415,7 +489,8 @@ class AuroraLinear(nn.Module):
     out_features = property(lambda self: self.B.shape[0], doc="The width of the output.")
     enabled = property(lambda self: not _OFF.depth.get(id(self)), doc="Not inside `disabled`.")
 
-    def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:  # noqa: D102
+    def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:
+        """Adapt the layer itself, and return it."""
         if layer is None:  # a copy or a replica, which fills in its attributes by itself
             return super().__new__(cls)
         attach(layer, _new_adapter(layer, _configure(rank, options)))
@@ -453,6 +528,12 @@ class AuroraLinear(nn.Module):
         if not self.enabled:
             return cast(Tensor, out)
         return self.add_adapter(out, args[0] if args else next(iter(kwargs.values())))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        # Release 0.1.0 had the base's tensors under "base.".
+        for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+            state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
+        super()._load_from_state_dict(state, prefix, *args)
 
     def add_adapter(self, out: Tensor, x: Tensor) -> Tensor:
         """`out + s B sigma(A x)` for out (..., out_features), x (..., in_features); new tensor.
@@ -582,10 +663,10 @@ def _detach(layer: AuroraLinear) -> None:
 
 
 class Note(NamedTuple):
-    """What `inject` leaves on every module with parameters, under the attribute `_aurora`."""
+    """What `inject` leaves on every module with parameters, as its attribute `_aurora`."""
 
-    requires_grad: Mapping[str, bool]  # what each parameter required before
-    train: frozenset[str]  # which of them train beside the adapters
+    requires_grad: Mapping[str, bool] = {}  # what each parameter required before
+    train: frozenset[str] = frozenset()  # which of them train beside the adapters
 
 
 class Owned(NamedTuple):
@@ -598,20 +679,19 @@ class Owned(NamedTuple):
     @property
     def note(self) -> Note:
         """What `inject` noted on the module."""
-        note: Note = self.module.__dict__.get("_aurora", Note({}, frozenset()))
-        return note
+        return cast(Note, self.module.__dict__.get("_aurora", Note()))
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelView:
-    """One look at a model: what it is made of, as if nothing had been wrapped around its parts.
+    """One look at a model: what it is made of, whatever was wrapped around its parts.
 
     Names are the original ones, without what DataParallel, DDP, FSDP, checkpoint wrappers or
     torch.compile put into them. What stands under several names is found under each of them, an
     adapted layer under its first.
     """
 
-    modules: dict[str, nn.Module]  # the adapters' own modules left out
+    modules: dict[str, nn.Module]  # the adapters' own left out
     layers: dict[str, AuroraLinear]  # the adapted ones
     parameters: dict[str, Owned]  # all that are no adapter's
     buffers: dict[str, Owned]  # the persistent ones
@@ -621,15 +701,12 @@ class ModelView:
         """Look at a model. ValueError if it is none."""
         if not isinstance(model, nn.Module):
             raise ValueError(f"the model must be an nn.Module, got {type(model).__name__}")
-        view, seen = cls({}, {}, {}, {}), set[nn.Module]()
+        view = cls({}, {}, {}, {})
         _visit(model, "", view.modules)
         for name, module in view.modules.items():
-            own: tuple[str, ...] = ()
-            if isinstance(module, AuroraLinear):
-                own = ("A", "B")
-                if module not in seen:
-                    view.layers[name] = module
-                    seen.add(module)
+            own = ("A", "B") if isinstance(module, AuroraLinear) else ()
+            if isinstance(module, AuroraLinear) and module not in view.layers.values():
+                view.layers[name] = module
             for key, p in module._parameters.items():
                 if p is not None and key not in own:
                     view.parameters[join(name, key)] = Owned(module, key, p)
@@ -643,10 +720,8 @@ class ModelView:
         """Look at a model that has adapters. ValueError if it has none."""
         view = cls.of(model)
         if not view.layers:
-            raise ValueError(
-                f"this {type(model).__name__} has no AuroRA adapters: "
-                "never injected, or merged, or removed"
-            )
+            told = "has no AuroRA adapters: never injected, or merged, or removed"
+            raise ValueError(f"this {type(model).__name__} {told}")
         return view
 
     def adapter(self) -> dict[str, nn.Parameter]:
@@ -655,21 +730,23 @@ class ModelView:
         for name, layer in self.layers.items():
             for key, p in layer.adapter_parameters().items():
                 found[join(name, key)] = p
-        kept = {
-            n: owned.tensor for n, owned in self.parameters.items() if owned.key in owned.note.train
-        }
-        return found | kept
+        for name, owned in self.parameters.items():
+            if owned.key in owned.note.train:
+                found[name] = owned.tensor
+        return found
 
     def trained(self) -> list[nn.Parameter]:
-        """What training moves, each once: the adapter without projections that are fixed."""
-        fixed = [layer for layer in self.layers.values() if layer.config.projections == "fixed"]
-        still = {p for layer in fixed for p in (layer.A, layer.B)}
+        """What training moves, each once: the adapter, without projections that are fixed."""
+        still = set()
+        for layer in self.layers.values():
+            if layer.config.projections == "fixed":
+                still |= {layer.A, layer.B}
         return [p for p in dict.fromkeys(self.adapter().values()) if p not in still]
 
 
 def _visit(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
-    """Every module under each of its names, in order."""
-    found.setdefault(name, module)  # a wrapper goes by the name of what it wraps; see below
+    """Every module under each of its names, in order; a wrapper's name is that of its content."""
+    found.setdefault(name, module)
     around = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     for key, child in module._modules.items():
         if child is None or (key == "anl" and isinstance(module, AuroraLinear)):
@@ -696,11 +773,10 @@ def unchanged_on_error(model: nn.Module, values: Iterable[Tensor] = ()) -> Itera
     """All or nothing: if the block ends early, even by Ctrl-C, the model is as it was before.
 
     That is: every module's class and attributes, which tensors it has, and what they require.
-    What a block writes into tensors is undone for those named in `values`.
+    What a block writes into tensors is undone for those in `values`.
     """
-    classes = [(m, m.__class__) for m in model.modules()]
-    tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for m in model.modules():
+    classes, tables = [(m, m.__class__) for m in model.modules()], []
+    for m, _ in classes:
         if not isinstance(m, torch.jit.ScriptModule):  # which nobody can change
             for table in (m.__dict__, m._parameters, m._buffers, m._modules):
                 tables.append((table, dict(table)))
@@ -750,15 +826,13 @@ class Injection(NamedTuple):
     total: int
 
     def __str__(self) -> str:
-        width = max(map(len, self.layers))
-        rows = []
-        for name, layer in self.layers.items():
-            shape = f"{layer.in_features:>6} -> {layer.out_features}"
-            rows.append(f"{name:<{width}} {shape:<15} rank {layer.config.rank}")
+        width, lines = max(map(len, self.layers)), []
+        for name, m in self.layers.items():
+            shape = f"{m.in_features:>6} -> {m.out_features}"
+            lines.append(f"{name:<{width}} {shape:<15} rank {m.config.rank}")
         share = f"{self.trainable:,} of {self.total:,} parameters train"
-        return "\n".join(
-            [*rows, f"{len(rows)} layers adapted; {share} ({self.trainable / self.total:.3%})"]
-        )
+        lines.append(f"{len(lines)} layers adapted; {share} ({self.trainable / self.total:.3%})")
+        return "\n".join(lines)
 
 
 def inject(
@@ -777,8 +851,8 @@ def inject(
     Args:
         model: Any module, or a single linear layer.
         target_regex: A regex, searched in names such as "layer.0.attention.query"; or
-            "all-linear", which is every linear layer but the output head; or a predicate
-            `(name, module) -> bool`.
+            "all-linear", every linear layer but the output head; or a predicate on
+            `(name, module)`.
         rank: r, or an `AuroraConfig`.
         train: A regex of names of parameters that train beside the adapters, such as a new head.
         **options: The options of `AuroraConfig`.
@@ -787,41 +861,39 @@ def inject(
         The adapted layers, and how many parameters train. It prints as a table.
 
     Raises:
-        ValueError: For a bad option; a target that is invalid or matches nothing; a layer that is
+        ValueError: A bad option; a target that is invalid or matches nothing; a layer that is
             adapted already, that its parent never calls, or that is distributed already.
-        TypeError: If the target matches a module with weights that is not linear.
+        TypeError: The target matches a module with weights that is not linear.
 
     Example:
         >>> print(inject(model, r"(query|value)$", rank=2, train=r"^classifier"))
     """
     config, view = _configure(rank, options), ModelView.of(model)
-    _refuse_distributed(model)
     kept = _kept(view, train)
     drawn = {m: _new_adapter(m, config) for m in _targets(model, view, target_regex, kept)}
     with unchanged_on_error(model):
-        for owner in dict.fromkeys(owned.module for owned in view.parameters.values()):
-            _take_note(owner, kept)
+        for owned in view.parameters.values():
+            _take_note(owned, kept)
         for layer, adapter in drawn.items():
             attach(layer, adapter)
         trained = set(parameters(model))
         for owned in view.parameters.values():
             owned.tensor.requires_grad_(owned.tensor in trained)
     done = summary(model)
-    return done._replace(layers={n: layer for n, layer in done.layers.items() if layer in drawn})
+    return done._replace(layers={n: m for n, m in done.layers.items() if m in drawn})
 
 
-def _kept(view: ModelView, train: str | None) -> dict[tuple[nn.Module, str], str]:
-    """(module, key) -> name of the parameters that `train` matches."""
-    pattern = None if train is None else _compiled(train)
-    kept = {}
+def _kept(view: ModelView, train: str | None) -> set[tuple[nn.Module, str]]:
+    """(module, key) of the parameters that `train` matches."""
+    pattern, kept = _compiled("(?!)" if train is None else train), set()
     for name, (module, key, p) in view.parameters.items():
         if nn.parameter.is_lazy(p):
             raise ValueError(f"{name} has no shape yet: run the model once before injecting")
-        if pattern is not None and pattern.search(name):
+        if pattern.search(name):
             if not p.is_floating_point():
                 raise ValueError(f"{name} has an integer dtype and cannot train: leave it out")
-            kept[module, key] = name
-    if pattern is not None and not kept:
+            kept.add((module, key))
+    if train is not None and not kept:
         like = next(iter(view.parameters), None)
         raise ValueError(f"train={train!r} matches no parameter; their names are like {like!r}")
     return kept
@@ -834,25 +906,22 @@ def _compiled(regex: str) -> re.Pattern[str]:
         raise ValueError(f"{regex!r} is not a regular expression: {error}") from error
 
 
-def _take_note(owner: nn.Module, kept: Mapping[tuple[nn.Module, str], str]) -> None:
-    """Note what the module's parameters require now, unless an earlier inject has noted it."""
-    old: Note = owner.__dict__.get("_aurora", Note({}, frozenset()))
-    now = {key: p.requires_grad for key, p in owner._parameters.items() if p is not None}
-    train = {key for module, key in kept if module is owner}
-    owner.__dict__["_aurora"] = Note(now | dict(old.requires_grad), old.train | train)
+def _take_note(owned: Owned, kept: set[tuple[nn.Module, str]]) -> None:
+    """Note what a parameter requires now, unless an earlier inject has noted it."""
+    module, key, p = owned
+    required = {key: p.requires_grad, **owned.note.requires_grad}
+    train = owned.note.train | ({key} if (module, key) in kept else set())
+    module.__dict__["_aurora"] = Note(required, train)
 
 
 def summary(model: nn.Module) -> Injection:
     """Which layers are adapted, at which rank, and how many parameters train, at any time.
 
     Args:
-        model: A model with adapters.
+        model: A model with adapters; ValueError if it has none.
 
     Returns:
         What `inject` returned, counted anew over all adapted layers. It prints as a table.
-
-    Raises:
-        ValueError: If the model has no adapters.
     """
     view = ModelView.adapted(model)
     trainable = sum(p.numel() for p in view.trained())
@@ -867,35 +936,31 @@ def remove(model: nn.Module, only: Iterable[AuroraLinear] | None = None) -> None
         only: Adapted layers of it; all of them if None.
 
     Raises:
-        ValueError: If the model has no adapters, or an adapted layer was wrapped afterwards in a
-            way that changes its class. The model is then as it was.
+        ValueError: The model has no adapters, or an adapted layer was wrapped afterwards in a way
+            that changes its class. The model is then as it was.
     """
-    view = ModelView.adapted(model)
-    gone = list(view.layers.values()) if only is None else list(dict.fromkeys(only))
+    found = list(layers(model).values())
+    gone = found if only is None else list(dict.fromkeys(only))
     with unchanged_on_error(model):
         for layer in gone:
             _detach(layer)
-        if not set(view.layers.values()) - set(gone):
+        if set(found) <= set(gone):
+            for owned in ModelView.of(model).parameters.values():
+                now = owned.tensor.requires_grad  # of what came after inject
+                owned.tensor.requires_grad_(owned.note.requires_grad.get(owned.key, now))
             for module in model.modules():
-                note = module.__dict__.pop("_aurora", Note({}, frozenset()))
-                for key, required in note.requires_grad.items():
-                    if key in module._parameters and (p := module._parameters[key]) is not None:
-                        p.requires_grad_(required)
+                module.__dict__.pop("_aurora", None)
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model runs without its adapters; heads that `train=` kept stay.
 
-    Blocks may nest and overlap. Like `torch.no_grad` it acts in the thread that enters it only,
-    so that others go on serving the adapted model. Under gradient checkpointing, call `backward`
-    inside the block too.
+    Blocks may nest and overlap. Like `torch.no_grad` it acts in the thread that enters it only:
+    others go on serving the adapted model. Under gradient checkpointing call `backward` inside.
 
     Args:
-        model: A model with adapters.
-
-    Raises:
-        ValueError: If the model has no adapters.
+        model: A model with adapters; ValueError if it has none.
     """
     off = list(layers(model).values())
     _shift(off, 1)
@@ -916,10 +981,7 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters for the optimizer: the adapters' and those that `train=` kept, each once.
 
     Args:
-        model: A model with adapters.
-
-    Raises:
-        ValueError: If the model has no adapters.
+        model: A model with adapters; ValueError if it has none.
     """
     return ModelView.adapted(model).trained()
 
@@ -927,22 +989,11 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 # ---- Refusals -------------------------------------------------------------------------------
 
 
-def _refuse_distributed(model: nn.Module) -> None:
-    """Adapters drawn after sharding or DDP would differ between ranks and never be synchronised."""
-    for module in model.modules():
-        sharded = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
-        flat = type(module).__name__ == "FullyShardedDataParallel"
-        if isinstance(module, nn.parallel.DistributedDataParallel) or sharded or flat:
-            raise ValueError(
-                "the model is distributed already, so that ranks would drift apart: inject first "
-                "(with one seed on all ranks), then DistributedDataParallel or fully_shard"
-            )
-
-
 def _targets(
-    model: nn.Module, view: ModelView, target: Target, kept: Mapping[Any, str]
+    model: nn.Module, view: ModelView, target: Target, kept: set[tuple[nn.Module, str]]
 ) -> list[nn.Module]:
     """The layers to adapt, each once; an error for whatever matches and cannot be adapted."""
+    _refuse_distributed(model)
     if target == "all-linear":
         return _all_linear(model, view, kept)
     if not isinstance(target, str) and not callable(target):
@@ -950,7 +1001,7 @@ def _targets(
     pattern = _compiled(target) if isinstance(target, str) else None
     found: dict[nn.Module, None] = {}
     for name, module in view.modules.items():
-        if pattern.search(name) is None if pattern else not cast(Any, target)(name, module):
+        if not (pattern.search(name) if pattern else cast(Any, target)(name, module)):
             continue
         if isinstance(module, AuroraLinear):
             raise ValueError(f"{name} is adapted already: aurora.remove(model) first")
@@ -962,50 +1013,51 @@ def _targets(
             kind = type(module).__name__
             raise TypeError(f"{target!r} matches {name}, a {kind}, which is not linear")
     if not found:
-        raise ValueError(
-            f"{target!r} matches no linear layer; the nearest are: {_near(view, target)}"
-        )
+        known = {re.sub(r"\d+", "*", n) for n, m in view.modules.items() if linear_features(m)}
+        near = ", ".join(difflib.get_close_matches(str(target), sorted(known), 5, cutoff=0.0))
+        told = f"the nearest are: {near or 'there are none'}"
+        raise ValueError(f"{target!r} matches no linear layer; {told}")
     return list(found)
 
 
-def _near(view: ModelView, target: Target) -> str:
-    plain = [name for name, m in view.modules.items() if linear_features(m)]
-    known = sorted({re.sub(r"\d+", "*", name) for name in plain})
-    close = difflib.get_close_matches(str(target), known, 5, cutoff=0.0)
-    return ", ".join(close) or "there are none"
+def _refuse_distributed(model: nn.Module) -> None:
+    """Adapters drawn after sharding or DDP would differ between ranks and never be averaged."""
+    for module in model.modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if kinds & {"DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"}:
+            raise ValueError(
+                "the model is distributed already, so that ranks would drift apart: inject first "
+                "(with one seed on all ranks), then DistributedDataParallel or fully_shard"
+            )
 
 
-def _all_linear(model: nn.Module, view: ModelView, kept: Mapping[Any, str]) -> list[nn.Module]:
+def _all_linear(
+    model: nn.Module, view: ModelView, kept: set[tuple[nn.Module, str]]
+) -> list[nn.Module]:
     """All linear layers but the output head, those that train anyway, and those never called."""
-    training = {module for module, _ in kept}
-    linear = {m: n for n, m in view.modules.items() if linear_features(m) and n}
-    free = [m for m in linear if not isinstance(m, AuroraLinear) and m not in training]
-    head = _output_head(model, view)
-    chosen = [m for m in free if m is not head and not _bypassed_by(model, m)]
+    skipped = {module for module, _ in kept} | {_output_head(model, view)}
+    chosen = []
+    for module in dict.fromkeys(view.modules.values()):
+        adaptable = linear_features(module) and not isinstance(module, AuroraLinear)
+        if adaptable and module not in skipped and not _bypassed_by(model, module):
+            chosen.append(module)
     if not chosen:
-        raise ValueError(f"'all-linear' finds no linear layer to adapt in {type(model).__name__}")
+        raise ValueError(f"'all-linear' finds no layer to adapt in this {type(model).__name__}")
     return chosen
 
 
 def _output_head(model: nn.Module, view: ModelView) -> nn.Module | None:
     """What transformers calls output embeddings, or the last linear layer outside ModuleLists."""
-    get = getattr(model, "get_output_embeddings", None)
-    if get is not None and get() is not None:
-        return cast(nn.Module, get())
-    repeated = [name for name, m in view.modules.items() if isinstance(m, nn.ModuleList)]
-    outside = [
-        m
-        for name, m in view.modules.items()
-        if linear_features(m) and not any(name.startswith(f"{part}.") for part in repeated)
-    ]
-    return outside[-1] if outside else None
+    named = getattr(model, "get_output_embeddings", lambda: None)()
+    repeated = tuple(f"{n}." for n, m in view.modules.items() if isinstance(m, nn.ModuleList))
+    linear = [n for n, m in view.modules.items() if linear_features(m)]
+    outside = [view.modules[name] for name in linear if not name.startswith(repeated)]
+    return named or (outside[-1] if outside else None)
 
 
 def _bypassed_by(model: nn.Module, layer: nn.Module) -> str | None:
     """Why a parent would never call the layer; other such parents are found by `aurora.check`."""
-    for parent in model.modules():
-        if layer not in parent._modules.values():
-            continue
+    for parent in (m for m in model.modules() if layer in m._modules.values()):
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads it by weight and bypasses its adapter"
         # PyTorch's encoder layer does call its linears, once its fused evaluation is off.
@@ -1017,7 +1069,7 @@ def _bypassed_by(model: nn.Module, layer: nn.Module) -> str | None:
 
 
 def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None:
-    """Raise ValueError for a layer that cannot be merged into.
+    """ValueError for a layer that cannot be merged into.
 
     That is a weight that is quantised, sharded, computed or tied to another module's, and a base
     that computes more than `x W^T + b`.
@@ -1027,19 +1079,18 @@ def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None
         label = join(name, "weight")
         floats = type(weight) is nn.Parameter and weight.is_floating_point()
         if not floats or weight.itemsize < 2 or weight.is_meta:
-            raise ValueError(
-                f"{label} is quantised, sharded, computed or meta; merge into a plain copy"
-            )
+            told = "is quantised, sharded, computed or meta; merge into a plain copy"
+            raise ValueError(f"{label} {told}")
         owners = [m for m in model.modules() if any(p is weight for p in m._parameters.values())]
         if len(owners) > 1:
-            raise ValueError(
-                f"{label} is tied to another module, which the merge would change; untie it first"
-            )
+            told = "is tied to another module, which the merge would change; untie it first"
+            raise ValueError(f"{label} {told}")
         if not computes_linear(layer):
-            kind = layer.original.__name__
-            raise ValueError(
-                f"{name or 'the layer'}, a {kind}, computes more than x W^T + b: it cannot be merged"
+            kind, told = (
+                layer.original.__name__,
+                "computes more than x W^T + b: a merge would differ",
             )
+            raise ValueError(f"{name or 'the layer'}, a {kind}, {told}")
 
 
 @torch.no_grad()
@@ -1048,13 +1099,13 @@ def computes_linear(layer: AuroraLinear) -> bool:
 
     A subclass or a mask may do otherwise. Up to 5%, as half precision products round.
     """
-    W, bias = layer.weight, layer._parameters.get("bias")
-    x = torch.arange(1.0, 1 + layer.in_features, device=W.device).cos().to(W.dtype).unsqueeze(0)
-    W = as_stored(layer, W)
+    stored = layer.weight
+    x = torch.arange(1.0, 1 + layer.in_features, device=stored.device).cos().to(stored.dtype)
+    W = as_stored(layer, stored)
     if W.shape != (layer.out_features, layer.in_features):
         return False
-    wanted = F.linear(x, W, bias)
-    difference = layer.base(x) - wanted
+    wanted = F.linear(x, W, layer._parameters.get("bias"))
+    difference = layer.base(x.unsqueeze(0)).squeeze(0) - wanted
     return not difference.norm() > 0.05 * wanted.norm()  # NaN is another check's
 
 
@@ -1090,7 +1141,31 @@ def static_merge(model: nn.Module) -> list[str]:
         for layer, parameter in merged.items():
             layer._parameters["weight"] = parameter
         remove(model)
+        mark_merged(merged)
     return list(found)
+
+
+# A merged model holds nothing of ours, so that what this process merged is remembered here: the
+# layers' weights, and PyTorch's counts of what has been written into them.
+_MERGED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, int]] = weakref.WeakKeyDictionary()
+
+
+def mark_merged(merged: Iterable[nn.Module]) -> None:
+    """Remember that these layers' weights have adapters merged into them."""
+    for layer in merged:
+        weight = cast(Tensor, layer.weight)
+        _MERGED[layer] = weakref.ref(weight), _writes(weight)
+
+
+def is_merged(layer: nn.Module) -> bool:
+    """Whether a merge in this process made the layer's weight, and nothing has changed it since."""
+    ref, writes = _MERGED.get(layer, (None, 0))
+    weight = layer._parameters.get("weight")
+    return ref is not None and weight is not None and ref() is weight and _writes(weight) == writes
+
+
+def _writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 # ---- Less memory in training ----------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import warnings
@@ -120,7 +121,8 @@ def start_from_gradient(
                 parts.close()
         if missing := [name for name in found if name not in starts]:
             raise ValueError(f"chunk= needs a whole `for _ in parts:`; not looked at: {missing[0]}")
-        _write([change for name in found for change in starts[name].changes(found[name])])
+        changes = [starts[name].changes(layer) for name, layer in found.items()]
+        _write(list(itertools.chain.from_iterable(changes)))
 
 
 def _check_start(found: Mapping[str, core.AuroraLinear], ridge: float, chunk: int | None) -> None:
@@ -506,7 +508,8 @@ def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and above 0, got {value!r}")
     found = core.layers(model).values()
-    nonlinear = list(dict.fromkeys(p for layer in found for p in layer.anl.parameters()))
+    every = itertools.chain.from_iterable(layer.anl.parameters() for layer in found)
+    nonlinear = list(dict.fromkeys(every))
     others = [p for p in core.parameters(model) if p not in set(nonlinear)]
     slow: dict[str, Any] = {"params": others, "lr": lr}
     return [slow, {"params": nonlinear, "lr": factor * lr, "weight_decay": 0.0}]

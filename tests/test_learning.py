@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -58,7 +60,7 @@ def reader(tiny) -> task.Reader:
     return task.Reader(copy.deepcopy(tiny[0])).eval()
 
 
-# --- folds -----------------------------------------------------------------------------------------------------------
+# --- folds ----------------------------------------------------------------------------------------
 
 
 def ids(side: str, count: int) -> tuple[list[str], list[str]]:
@@ -85,7 +87,21 @@ def test_a_smaller_fold_is_part_of_the_larger(tiny, monkeypatch) -> None:
     assert small < large
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_the_table_is_plain_values_whose_words_are_known() -> None:
+    for name, row in SETTINGS.items():
+        assert name == row.name
+        assert row.kind in methods.KINDS
+        assert set(row.starts) <= set(methods.STARTS)
+        assert set(row.parts) <= {FINALIST, PAIRED, AGAINST, INSIDE, LANGUAGE, settings.QUICK}
+        json.dumps(dataclasses.asdict(row))
+        if row.kind == "aurora":
+            aurora.AuroraConfig(row.rank, **row.options)
+    assert len(SETTINGS) == len(settings.JUDGED) + len(settings.TRIED)
+    assert all(row.seeds for row in settings.JUDGED)
+    assert not any(row.seeds for row in settings.TRIED)
 
 
 def ready(model, name: str, seed: int | None = None) -> None:
@@ -241,7 +257,7 @@ def test_biases_train_where_they_are_asked_for_and_only_there(tiny) -> None:
         )  # query and value of two layers, and the head
 
 
-# --- one run ---------------------------------------------------------------------------------------------------------
+# --- one run --------------------------------------------------------------------------------------
 
 
 def test_a_run_repeats_to_the_digit_and_its_line_says_what_it_was(tiny) -> None:
@@ -273,7 +289,7 @@ def test_diagnosis_measures_shares_and_gradients(tiny) -> None:
     assert record["after"]["anl.H gradient"] > 0
 
 
-# --- all runs --------------------------------------------------------------------------------------------------------
+# --- all runs -------------------------------------------------------------------------------------
 
 
 def lines_of(
@@ -378,7 +394,7 @@ def test_rates_are_written_as_one_would() -> None:
     assert (learning.rate(learning.LOWEST), learning.rate(learning.HIGHEST)) == (1e-5, 1e-1)
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def record(corpus: str, seed: int, hits: str, pearson: float) -> dict:
@@ -471,7 +487,7 @@ def test_the_command_goes_on_from_its_lines_and_says_when_there_are_none(tmp_pat
     assert (tmp_path / "quick" / "learning.md").is_file()
 
 
-# --- lines and processes ---------------------------------------------------------------------------------------------
+# --- lines and processes --------------------------------------------------------------------------
 
 
 def test_a_line_cut_off_by_a_crash_is_done_again(tmp_path) -> None:

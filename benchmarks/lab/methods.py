@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -121,8 +119,8 @@ def _peft(model: nn.Module, setting: Setting, place: Place) -> None:
 
 
 def _aurora(model: nn.Module, setting: Setting, place: Place) -> None:
-    options = {"alpha": 2.0 * setting.rank, **setting.options}
-    aurora.inject(model, place.targets, setting.rank, train=place.trained(setting), **options)
+    train = place.trained(setting)
+    aurora.inject(model, place.targets, setting.rank, train=train, **setting.options)
 
 
 KINDS: Mapping[str, Callable[[nn.Module, Setting, Place], None]] = {
@@ -141,19 +139,15 @@ def hidden_vectors(
     model: nn.Module, inputs: Sequence[dict[str, Tensor]]
 ) -> dict[core.AuroraLinear, Tensor]:
     """z = A x (r, N) of every adapted layer on the tokens of the inputs, padding left out."""
-    found: dict[core.AuroraLinear, list[Tensor]] = {}
-
-    def watch(mask: Tensor, layer: nn.Module, x: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, core.AuroraLinear)
-        found[layer].append(layer.A @ x[0][mask].t())
-
-    for layer in core.layers(model).values():
-        found[layer] = []
+    layers = core.layers(model)
+    found: dict[core.AuroraLinear, list[Tensor]] = {layer: [] for layer in layers.values()}
     for batch in inputs:
-        look = functools.partial(watch, batch["attention_mask"].bool())
-        with contextlib.ExitStack() as hooks:
-            for layer in found:
-                hooks.callback(layer.register_forward_pre_hook(look).remove)
+        mask = batch["attention_mask"].bool()
+
+        def look(_: str, layer: core.AuroraLinear, x: Tensor, mask: Tensor = mask) -> None:
+            found[layer].append(layer.A @ x[mask].t())
+
+        with core.watching(layers, look):
             model(**batch)
     return {layer: torch.cat(seen, 1) for layer, seen in found.items()}
 
@@ -172,7 +166,7 @@ def fit_grid(model: nn.Module, sample: Sample) -> None:
         reach = float(sizes.double().quantile(0.999)) if few else float(sizes.max())
         anl = core.ANL(layer.config, grid_range=(-reach, reach))
         anl.load_state_dict(layer.anl.state_dict())
-        layer.config, layer.anl = anl.config, anl
+        layer.anl = anl
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def adapt(name: str, model: nn.Module, targets: str, rank: int) -> nn.Module:
         baselines.inject_lora(model, targets, rank)
     else:
         spline = "per-channel" if name == CHANNEL else "summed"
-        aurora.inject(model, targets, rank, alpha=2.0 * rank, spline=spline)
+        aurora.inject(model, targets, rank, spline=spline)
     return model
 
 
