@@ -99,7 +99,7 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytear
     room = torch.frombuffer(data, dtype=torch.uint8)[8 + len(text) :]
     for name in order:
         begin, end = header[name]["data_offsets"]
-        room[begin:end] = tensors[name].detach().cpu().reshape(-1).view(torch.uint8)
+        room[begin:end] = tensors[name].detach().cpu().reshape(-1).contiguous().view(torch.uint8)
     data[_DIGEST] = hashlib.sha256(data).hexdigest().encode()
     return data
 

@@ -223,7 +223,8 @@ def _from_checkpoint(path: Path, checkpoint: _Checkpoint, view: core.ModelView) 
         same = layers.setdefault(to, row) == row
         for key in (key for key in _KEYS if core.join(name, key) in checkpoint.places):
             tensor, label = checkpoint.read(core.join(name, key)), core.join(to, key)
-            same = same and torch.equal(tensors.setdefault(label, tensor), tensor)
+            known = tensors.setdefault(label, tensor)
+            same = same and (known is tensor or torch.equal(known, tensor))
         if not same:
             raise ValueError(f"{shown(to)}: one layer in the model, two in the checkpoint")
     train = list(kept(view)) if view.layers else []

@@ -82,6 +82,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: If the file cannot be written. The old file is then as it was.
     """
     view = core.ModelView.adapted(model)
+    _refuse_flat(view)
     header = Header.of(view)
     tensors = {name: _gathered(p) for name, p in adapter_state_dict(model).items()}
     broken = [n for n in view.adapter() if not tensors[n].isfinite().all()]

@@ -52,9 +52,7 @@ def test_the_rules_can_be_broken():
     assert broken_rules("x = [a for b in c for a in b]\n") == [
         "1: more than one `for` in a comprehension"
     ]
-    assert broken_rules("x = 1 if a else 2 if b else 3\n") == [
-        "1: nested conditional expressions"
-    ]
+    assert broken_rules("x = 1 if a else 2 if b else 3\n") == ["1: nested conditional expressions"]
     assert broken_rules(f"x = '{'a' * 100}'\n") == ["1: longer than 100 columns"]
 
 

@@ -837,9 +837,7 @@ def test_a_bias_gained_in_a_partial_merge_trains_again_with_its_weight():
         for row in aurora.merge(copy.deepcopy(model), "calibrated", batches(), bias=True).layers
     }
     assert errors["second"] < max(errors.values())
-    report = aurora.merge(
-        model, "calibrated", batches(), tolerance=errors["second"], bias=True
-    )
+    report = aurora.merge(model, "calibrated", batches(), tolerance=errors["second"], bias=True)
     assert report.dynamic
     assert not model.second.bias.requires_grad
     aurora.merge(model)

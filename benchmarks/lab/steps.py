@@ -76,7 +76,7 @@ def make_step(
     """
     if not width:
         return _model_step(name, rank, compiled)
-    where = {"device": device, "dtype": torch.bfloat16 if half else torch.float32}
+    where: Any = {"device": device, "dtype": torch.bfloat16 if half else torch.float32}
     model = one_layer(name, width, rank, out, **where)
     run = torch.compile(model, fullgraph=True) if compiled else model
     trained = [p for p in model.parameters() if p.requires_grad]
