@@ -646,7 +646,7 @@ def _new_adapter(layer: nn.Module, config: AuroraConfig) -> dict[str, Any]:
         if hasattr(layer, name):
             raise ValueError(f"the {kind} has a {name!r} of its own, as adapters do: rename that")
     if "forward" in layer.__dict__:
-        told = "as offloading does, and bypasses adapters: inject before"
+        told = "as offloading does: inject before, or by aurora.integrations.accelerate"
         raise ValueError(f"the {kind}'s forward was replaced on the object, {told}")
     if config.rank > max(features):
         told = f"rank {config.rank} is above both dimensions of the layer, {features}"
