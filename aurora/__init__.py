@@ -13,7 +13,12 @@ from aurora.core import (
     parameters,
     remove,
 )
-from aurora.training import parameter_groups, start_as_identity
+from aurora.recipes import (
+    parameter_groups,
+    roughness,
+    start_as_identity,
+    start_from_gradient,
+)
 
 if TYPE_CHECKING:
     from aurora.bounds import BoundsReport, Certificate, assert_bounded, certify, report_bounds
@@ -40,8 +45,10 @@ __all__ = [
     "parameters",
     "remove",
     "report_bounds",
+    "roughness",
     "save",
     "start_as_identity",
+    "start_from_gradient",
     "watch_linearity",
 ]
 

@@ -1,0 +1,480 @@
+"""Where training starts, what is penalised and at what pace it goes, where that is not the paper's.
+
+A start from the gradient, for a model with adapters, before training:
+
+    with aurora.start_from_gradient(model):
+        for batch in a_few_batches:
+            loss(model, batch).backward()
+
+Shapes: T tokens (rows of a layer's input), r rank, q <= r directions with signal, G grid cells,
+k spline order. What each recipe brings was measured: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aurora import core
+
+# --- The start from the gradient -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def start_from_gradient(
+    model: nn.Module, *, ridge: float = 1e-2, chunk: int | None = None
+) -> Iterator[Iterable[tuple[str, ...]]]:
+    """Let the loss choose where adapters start: run forward and backward on a few batches inside.
+
+    Any loop and any loss will do, padded or not, under autocast, checkpointing, gradient
+    accumulation, DDP or FSDP2; no optimizer step is needed. For every adapted layer the block sums
+    up, over the tokens x that the loss depends on and the gradients delta of the loss with respect
+    to the layer's output there,
+
+        G = sum delta x^T (out, in)    and    C = mean x x^T (in, in),
+
+    and on leaving sets A to the r linear features of x that best predict delta: the leading right
+    singular vectors of `G C_l^(-1/2)`, times `C_l^(-1/2)`, with `C_l = C + ridge mean(diag C) I`
+    (docs/theory.md). With trained projections each row gets the size `rms(a x)^2 = mean(diag C)/3`
+    that a drawn one has on average, and B stays 0. With `projections="fixed"` hidden values are
+    whitened, `E z z^T = I` up to the ridge, and the columns of B are the directions of the output
+    that belong to them, orthonormal. Either way the model's outputs stay as they are, bit for bit,
+    and so do the parameters' gradients. Rows for which the data hold no signal keep their draw.
+
+    Beside a layer this takes `in (in + out)` numbers in float32. Where memory is short, `chunk`
+    looks at so many layers at a time, and the loop is run once for each part:
+
+        with aurora.start_from_gradient(model, chunk=16) as parts:
+            for _ in parts:
+                for batch in a_few_batches: loss(model, batch).backward()
+
+    A token counts unless its delta is 0 throughout, as at padding. Batches should suffice to tell
+    directions apart: more tokens than a layer is wide. A new head should be trained for a few steps
+    before, as the gradient under a random one says little. A compiled model runs uncompiled inside
+    the block. In a process group all ranks must take part; their sums are added up.
+
+    Args:
+        model: One with adapters that have not been trained; its gradients may be scaled.
+        ridge: What is added to C, in units of the mean of its diagonal.
+        chunk: Layers to look at in one pass over the loop; all if None.
+
+    Yields:
+        The parts, each the names of its layers; only `chunk` calls for a loop over them.
+
+    Raises:
+        ValueError: The model has no adapters; one has been trained already; `ridge` or `chunk` is
+            not above 0; no backward pass reached an adapter; NaN or infinity was met; the loop over
+            the parts was left early. The model is then as it was.
+
+    Source: reduced-rank regression (Izenman 1975) of delta on x. LoRA-GA (arXiv:2407.05000) and
+    LoRA-SB (arXiv:2411.19557) start from G alone.
+    """
+    found = core.layers(model)
+    _check_start(found, ridge, chunk)
+    with _gradients_aside(model), _uncompiled():
+        starts: dict[str, _Start] = {}
+        if chunk is None:
+            with _looking(found, ridge, starts):
+                yield [tuple(found)]
+        else:
+            parts = _in_parts(found, chunk, ridge, starts)
+            try:
+                yield parts
+            finally:
+                parts.close()
+        if missing := [name for name in found if name not in starts]:
+            raise ValueError(f"chunk= needs a whole `for _ in parts:`; not looked at: {missing[0]}")
+        changes = [change for name in found for change in starts[name].changes(found[name])]
+        with core.unchanged_on_error(model, [p for p, _ in changes]), torch.no_grad():
+            for p, value in changes:
+                p.copy_(_placed(value, p))
+
+
+def _check_start(found: Mapping[str, core.AuroraLinear], ridge: float, chunk: int | None) -> None:
+    """Raise ValueError for options that make no sense and for adapters that already compute."""
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"ridge must be finite and above 0, got {ridge!r}")
+    if chunk is not None and (type(chunk) is not int or chunk < 1):
+        raise ValueError(f"chunk must be an int of at least 1, or None, got {chunk!r}")
+    for name, layer in found.items():
+        zero = layer.anl.parameters() if _fixed(layer) else [layer.B]
+        if any(not p.is_meta and bool(_local(p).any()) for p in zero):
+            raise ValueError(
+                f"{name} has been trained already: start from the gradient right after inject"
+            )
+
+
+def _fixed(layer: core.AuroraLinear) -> bool:
+    """Whether the projections stay as they are set, and only the nonlinear layer trains."""
+    return layer.config.projections == "fixed"
+
+
+def _in_parts(
+    found: Mapping[str, core.AuroraLinear], size: int, ridge: float, starts: dict[str, _Start]
+) -> Generator[tuple[str, ...], None, None]:
+    """Look at so many layers at a time, while the caller runs the loop once for each part."""
+    names = list(found)
+    for at in range(0, len(names), size):
+        part = {name: found[name] for name in names[at : at + size]}
+        with _looking(part, ridge, starts):
+            yield tuple(part)
+
+
+@contextlib.contextmanager
+def _looking(
+    part: Mapping[str, core.AuroraLinear], ridge: float, starts: dict[str, _Start]
+) -> Iterator[None]:
+    """Collect moments inside the block; on leaving, solve layer by layer and free each one's."""
+    moments = {name: _Moments(layer) for name, layer in part.items()}
+    try:
+        with contextlib.ExitStack() as hooks:
+            for name, layer in part.items():
+                hook = layer.register_forward_hook(moments[name].watch, with_kwargs=True)
+                hooks.callback(hook.remove)
+            yield
+        _reduce(moments.values())
+        unseen = [name for name, moment in moments.items() if not moment.passes]
+        if len(unseen) == len(part):
+            raise ValueError(
+                f"no backward pass reached {unseen[0]}: call loss.backward() in the block"
+            )
+        if unseen:
+            told = f"{unseen[0]} and {len(unseen) - 1} more" if unseen[1:] else unseen[0]
+            warnings.warn(f"no backward pass reached {told}: A stays as drawn there", stacklevel=5)
+        for name, moment in moments.items():
+            starts[name] = moment.solve(name, ridge)
+            moment.close()
+    finally:
+        for moment in moments.values():
+            moment.close()
+
+
+class _Moments:
+    """Sums over one layer's tokens, filled on the way back: G (out, in), C (in, in), count."""
+
+    def __init__(self, layer: core.AuroraLinear) -> None:
+        self.rank, self.fixed = layer.config.rank, _fixed(layer)
+        self.shape, self.device = (layer.out_features, layer.in_features), layer.A.device
+        self.dtype = core.wide_dtype(layer.A)
+        self.open, self.passes = True, 0
+        self.sums: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def watch(
+        self, _: nn.Module, args: Any, named: Mapping[str, Any], out: Tensor
+    ) -> Tensor | None:
+        """Forward hook: let the output pass through `_Look`."""
+        if (
+            not out.requires_grad
+        ):  # nothing will come back: evaluation, or a checkpoint's first pass
+            return None
+        x = args[0] if args else next(iter(named.values()))
+        looked: Tensor = _Look.apply(out, x, self)  # type: ignore[no-untyped-call]
+        return looked
+
+    def allocate(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums, 0 before the first token."""
+        if self.sums is None:
+            (n_out, n_in), where = self.shape, self.device
+            G, C = (torch.zeros(n, n_in, dtype=self.dtype, device=where) for n in (n_out, n_in))
+            self.sums = G, C, torch.zeros((), dtype=torch.int64, device=where)
+        return self.sums
+
+    @torch.no_grad()
+    def add(self, x: Tensor, delta: Tensor) -> None:
+        """Count the tokens x (..., in) with gradients delta (..., out)."""
+        if not self.open:
+            return
+        G, C, count = self.allocate()
+        self.passes += 1
+        with core.full_precision(x):
+            delta = delta.reshape(-1, self.shape[0]).to(G)  # (T, out)
+            idle = (delta == 0).all(1)  # (T,); masked, not dropped, as a GPU would have to wait
+            x = x.reshape(-1, self.shape[1]).to(G).masked_fill(idle.unsqueeze(1), 0)  # (T, in)
+            G.addmm_(delta.t(), x)
+            C.addmm_(x.t(), x)
+            count += (~idle).sum()
+
+    def close(self) -> None:
+        """Free the sums; a graph that the caller keeps may still know this object."""
+        self.open, self.sums = False, None
+
+    @torch.no_grad()
+    def solve(self, name: str, ridge: float) -> _Start:
+        """Where the layer should start. Raises ValueError if NaN or infinity was met."""
+        G, C, count = self.allocate()
+        if not bool(G.isfinite().all() & C.isfinite().all()):
+            raise ValueError(
+                f"NaN or infinity in the input or gradient of {name}: smaller loss scale?"
+            )
+        C /= count.clamp(min=1).to(C)
+        wide = self.dtype
+        if max(self.shape) <= _CHEAP and C.device.type != "mps":
+            wide = torch.float64
+        G, C = G.to(wide), C.to(wide)
+        with core.full_precision(C):  # the block may be left under autocast
+            A, U = _regress(G, C, self.rank, ridge)
+            A = _rescaled(A, C, 1.0 if self.fixed else C.diagonal().mean() / 3)
+        return _Start(A, U, C if self.fixed and len(A) < self.rank else None)
+
+
+class _Look(torch.autograd.Function):
+    """The identity; on the way back it shows a layer's input and the gradient of its output.
+
+    The input is saved as autograd saves, so that checkpointing drops and recomputes it, and a token
+    that is computed twice comes back once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, moments: _Moments) -> Tensor:
+        ctx.moments = moments
+        ctx.save_for_backward(x)
+        return out.clone()  # a view could not be changed in place by what follows
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
+        ctx.moments.add(ctx.saved_tensors[0], delta)
+        return delta, None, None
+
+
+def _reduce(moments: Iterable[_Moments]) -> None:
+    """Add up the sums of all ranks, so that all start at the same A."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for moment in moments:
+        passes = torch.tensor(float(moment.passes), device=moment.device)
+        for total in (*moment.allocate(), passes):
+            torch.distributed.all_reduce(total)
+        moment.passes = int(passes)
+
+
+# --- Its linear algebra --------------------------------------------------------------------------
+
+_CHEAP = 1536  # widths up to which float64 and all eigenvectors cost next to nothing
+
+
+def _regress(G: Tensor, C: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """(A (q, in), U (out, q)): at most `rank` directions with signal, strongest first.
+
+    With `L L^T = C_l`, M = L^-1 G^T has `M^T M = G C_l^-1 G^T`, whose eigenvectors are U, and A is
+    `U^T G C_l^-1` up to the scale of its rows.
+    """
+    ridge = float(ridge * C.diagonal().mean())
+    if not (ridge > 0 and bool(G.any())):
+        return G.new_zeros(0, C.shape[0]), G.new_zeros(G.shape[0], 0)
+    C_l = C.clone()
+    C_l.diagonal().add_(ridge)
+    L, failed = torch.linalg.cholesky_ex(C_l)
+    if failed:  # float32 was not enough
+        L = torch.linalg.cholesky(C_l.double()).to(C)
+    M = torch.linalg.solve_triangular(L, G.t() / G.abs().max(), upper=False)  # (in, out)
+    strength, U = _leading(M, min(rank, *G.shape))
+    noise = max(1e-5, 1e2 * torch.finfo(M.dtype).eps * max(1.0, len(M) ** 0.5))
+    U = U[:, strength > noise * strength[0]]
+    A = torch.linalg.solve_triangular(L.t(), M @ U, upper=True).t()  # (q, in)
+    # An eigenvector's sign is anyone's: let the largest entry of every row of A be positive.
+    sign = A.gather(1, A.abs().argmax(1, keepdim=True)).sign()  # (q, 1)
+    return A * sign, U * sign.t()
+
+
+def _leading(M: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(singular values (count,), right singular vectors (n, count)) of M (m, n), largest first."""
+    if min(M.shape) <= _CHEAP:
+        tall = M.shape[0] >= M.shape[1]
+        values, vectors = torch.linalg.eigh(M.t() @ M if tall else M @ M.t())  # rising
+        strength = values.flip(0)[:count].clamp(min=0).sqrt()
+        vectors = vectors.flip(1)[:, :count]
+        V = vectors if tall else M.t() @ vectors / strength.clamp(min=torch.finfo(M.dtype).tiny)
+        return strength, V
+    # Subspace iteration from a fixed draw, with room beside what is wanted.
+    width = min(2 * count + 16, *M.shape)
+    draw = torch.randn(M.shape[1], width, generator=torch.Generator().manual_seed(0))
+    Q = torch.linalg.qr(draw.to(M))[0]  # (n, width)
+    for _ in range(20):
+        Q = torch.linalg.qr(M.t() @ (M @ Q))[0]
+    _, strength, Vh = torch.linalg.svd(M @ Q, full_matrices=False)
+    return strength[:count], Q @ Vh[:count].t()
+
+
+def _rescaled(A: Tensor, C: Tensor, square: Tensor | float) -> Tensor:
+    """Rows scaled to the mean square `square` of the hidden values; rows that are silent stay."""
+    now = ((A @ C) * A).sum(1, keepdim=True)  # (q, 1), E z_j^2
+    return torch.where(now > 0, A * (square / now).sqrt(), A)
+
+
+class _Start:
+    """What the look found for a layer: A (q, in) and U (out, q), q <= r; C (in, in) if needed."""
+
+    def __init__(self, A: Tensor, U: Tensor, C: Tensor | None) -> None:
+        self.A, self.U, self.C = A, U, C
+
+    @torch.no_grad()
+    def changes(self, layer: core.AuroraLinear) -> list[tuple[nn.Parameter, Tensor]]:
+        """(parameter, new value): rows without signal keep their draw."""
+        with core.full_precision(self.A):
+            return self._changes(layer)
+
+    def _changes(self, layer: core.AuroraLinear) -> list[tuple[nn.Parameter, Tensor]]:
+        q, drawn = len(self.A), _whole(layer.A).to(self.A)
+        rest = drawn[q:]
+        if self.C is not None:  # fixed: uncorrelated with what was found, and as large
+            rest = rest - (rest @ self.C) @ self.A.t() @ self.A
+            rest = _rescaled(rest, self.C, 1.0)
+        A = torch.cat([self.A, rest])  # (r, in)
+        if not _fixed(layer):
+            return [(layer.A, A)]
+        B = _whole(layer.B).to(self.U)  # (out, r)
+        Q = torch.linalg.qr(torch.cat([self.U, B[:, : B.shape[1] - q]], 1))[0]  # (out, min(out, r))
+        B = torch.cat([self.U, Q[:, q:], B[:, Q.shape[1] :]], 1)
+        return [(layer.A, A), (layer.B, B)]
+
+
+def _local(p: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def _whole(p: Tensor) -> Tensor:
+    """All of a tensor, also of a sharded one."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
+def _placed(value: Tensor, like: Tensor) -> Tensor:
+    """The value in the dtype and sharding of `like`. In a process group rank 0 decides."""
+    value = value.to(device=like.device, dtype=like.dtype).contiguous()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(value, src=0)
+    if not hasattr(like, "device_mesh"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(value, like.device_mesh, like.placements)
+
+
+@contextlib.contextmanager
+def _gradients_aside(model: nn.Module) -> Iterator[None]:
+    """Inside the block no parameter has a gradient; afterwards each has the one it had."""
+    before = [(p, p.grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Compiled code knows nothing of hooks that came later; inside, models run as written."""
+    stance: Callable[..., Any] | None = getattr(torch.compiler, "set_stance", None)
+    if stance is None or "torch._dynamo" not in sys.modules:  # whose import takes seconds
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = stance("force_eager")
+    return context
+
+
+# --- Other starts, penalties and rates -----------------------------------------------------------
+
+
+def roughness(model: nn.Module) -> Tensor:
+    """How much the splines bend: a differentiable scalar to add to the loss, 0 for straight lines.
+
+    For every adapted layer the mean, over its r channels and G + k - 2 places, of the squared
+    second difference of the spline weights, `(w[j, g] - 2 w[j, g + 1] + w[j, g + 2])^2`, summed
+    over the layers. It is the discrete form of the integral of the squared second derivative: with
+    knot spacing h, `S_j'' = sum_g (second difference g) / h^2 B_g` with B-splines of two orders
+    less (docs/theory.md). Times 0.01 is a good weight for small data.
+
+    Args:
+        model: One with adapters that have splines.
+
+    Returns:
+        A scalar in the dtype of the spline weights, float32 at least, on the device of the first.
+
+    Raises:
+        ValueError: The model has no adapters, or none with splines.
+
+    Source: P-splines, Eilers and Marx 1996.
+
+    Example:
+        loss = loss_of(model, batch) + 0.01 * aurora.roughness(model)
+    """
+    found = [layer.anl.spline_weight for layer in core.layers(model).values()]
+    weights = [w.to(core.wide_dtype(w)) for w in found if w is not None]
+    if not weights:
+        raise ValueError("no adapter has splines (learnable=False), so that none can be rough")
+    bends = [w.diff(n=2, dim=1).square() for w in weights]
+    return sum(
+        (b.mean().to(weights[0].device) for b in bends if b.numel()), weights[0].new_zeros(())
+    )
+
+
+@torch.no_grad()
+def start_as_identity(model: nn.Module) -> None:
+    """Let every adapter start as LoRA: sigma(z) = z inside the grid.
+
+    Call it after `inject`, before training. H becomes 0 and spline weight g of every channel its
+    place `low + (g - (k - 1) / 2) h`, less what F then is (0, or 1/2 with "sigmoid"), for which
+    sigma is the identity on the grid range (docs/theory.md, section 6). The output stays the
+    base's, bit for bit, as B is 0.
+
+    Args:
+        model: One with adapters that have splines per channel and have not been trained.
+
+    Raises:
+        ValueError: The model has no adapters, or a layer has no splines per channel or has been
+            trained already (its B is not 0). The model is then as it was.
+    """
+    found = core.layers(model)
+    for name, layer in found.items():
+        if layer.config.spline != "per-channel" or not layer.config.learnable:
+            cure = 'inject with spline="per-channel", learnable=True'
+            raise ValueError(f"{name} has no spline per channel: {cure}")
+        if not layer.B.is_meta and layer.B.any():
+            cure = "layer.reset_parameters() would start afresh"
+            raise ValueError(f"{name} has been trained already; {cure}")
+    for layer in found.values():
+        c, w = layer.config, layer.anl.spline_weight
+        assert w is not None
+        for p in layer.anl.parameters():
+            p.zero_()
+        constant = layer.anl(w.new_zeros(c.rank))  # F, and nothing else, as the splines are 0
+        wide = torch.promote_types(w.dtype, torch.float32)
+        places = torch.arange(w.shape[1], dtype=wide, device=w.device) - (c.spline_order - 1) / 2
+        w.copy_(c.grid_range[0] + places / c.cells_per_unit - constant.unsqueeze(1))
+
+
+def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[dict[str, Any]]:
+    """Groups for any torch optimizer: the nonlinear layers at a rate and decay of their own.
+
+    H and the spline weights train at `factor * lr` without weight decay, which would pull them away
+    from the identity; all else that trains does so at `lr`. Together the groups hold every
+    parameter of `aurora.parameters(model)` once.
+
+    Args:
+        model: One with adapters.
+        lr: The learning rate of A, B and whatever `train=` kept, as one would choose it for LoRA.
+        factor: At 1, H and the spline weights, which are not as small as the entries of A and B,
+            hardly move in a short fine-tuning.
+
+    Returns:
+        Dictionaries with "params" and "lr", for the nonlinear layers also "weight_decay".
+
+    Raises:
+        ValueError: The model has no adapters, or `lr` or `factor` is not finite and above 0.
+    """
+    for name, value in (("lr", lr), ("factor", factor)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and above 0, got {value!r}")
+    found = core.layers(model).values()
+    nonlinear = list(dict.fromkeys(p for layer in found for p in layer.anl.parameters()))
+    others = [p for p in core.parameters(model) if p not in set(nonlinear)]
+    slow: dict[str, Any] = {"params": others, "lr": lr}
+    return [slow, {"params": nonlinear, "lr": factor * lr, "weight_decay": 0.0}]
