@@ -1,0 +1,109 @@
+"""One run: a method learns a change from so many examples, several draws of them side by side."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.curves.contenders import CONTENDERS, PLACES, Choice, Situation
+from benchmarks.curves.stack import Pace, Stack
+from benchmarks.curves.tasks import Task, find
+from benchmarks.lab import records
+from benchmarks.lab.records import Record
+
+STEPS, HELD = 1500, 5  # of Adam; every fifth example is held out to choose
+
+
+class Run(NamedTuple):
+    """All that fixes a run.
+
+    Args:
+        task: "swap", "ratings" or "tones".
+        world: what changed, a word of the task.
+        method: a name of CONTENDERS.
+        place: a word of PLACES.
+        examples: to learn from, a fifth of them to choose by.
+        draws: of the examples.
+        steps: of training.
+    """
+
+    task: str
+    world: str
+    method: str
+    place: str
+    examples: int
+    draws: int = 5
+    steps: int = STEPS
+
+    key = property(records.key)
+
+
+def perform(run: Run) -> Record:
+    """Choose by a held-out fifth, train that choice on all examples, and judge.
+
+    The record has the test error of every draw, what each chose, and the number trained.
+    """
+    begin, task = time.perf_counter(), find(run.task, run.world)
+    method = CONTENDERS[run.method]
+    x, y = draw(task, run.examples, run.draws)  # (draws, n, d)
+    held = max(1, run.examples // HELD)
+    every = [choice for _ in range(run.draws) for choice in method.choices]
+    owner = torch.arange(run.draws).repeat_interleave(len(method.choices))
+    stack = train(run, task, x[owner, held:], y[owner, held:], every)
+    scores = stack.errors(x[owner, :held], y[owner, :held]).view(run.draws, -1)
+    best = scores.argmin(1).tolist()
+    chosen = [method.choices[i] for i in best]
+    final = train(run, task, x, y, chosen)
+    errors = final.errors(*task.test).tolist()
+    return {
+        "run": run.key,
+        **run._asdict(),
+        "errors": errors,
+        "held_out": scores.min(1).values.tolist(),
+        "chosen": [list(choice) for choice in chosen],
+        "trained": sum(p[0].numel() for p in final.trained.values()),
+        "before": before(task),
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+@torch.no_grad()
+def before(task: Task) -> float:
+    """The error without adapting."""
+    return float((task.base(task.test[0]) - task.test[1]).square().mean())
+
+
+def draw(task: Task, count: int, draws: int) -> tuple[Tensor, Tensor]:
+    """Examples (draws, count, d) from the pool; a smaller draw is the beginning of a larger one."""
+    x, y = task.pool
+    rows = [
+        torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
+        for seed in range(draws)
+    ]
+    return torch.stack([x[r] for r in rows]), torch.stack([y[r] for r in rows])
+
+
+def train(run: Run, task: Task, x: Tensor, y: Tensor, choices: Sequence[Choice]) -> Stack:
+    """Prepare and train a model for every choice, on x (K, n, d_in) and y (K, n, d_out)."""
+    method, models = CONTENDERS[run.method], []
+    for one_x, one_y, choice in zip(x, y, choices, strict=True):
+        torch.manual_seed(len(models))
+        model = copy.deepcopy(task.base)
+        at = Situation(model, PLACES[run.place], one_x, one_y, task.told, choice)
+        models.append(method.objective(method.prepare(at)))
+    weights = torch.tensor([[choice.rough, choice.size] for choice in choices])
+    rates, decay = (torch.tensor([c[i] for c in choices]) for i in (0, 1))
+    size = 64 if run.examples <= 512 else 128
+    pace = Pace(run.steps, size, rates, decay, weights, method.factors)
+    return Stack(models).train(x, y, pace)
+
+
+def mean_and_error(errors: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return statistics.fmean(errors), statistics.stdev(errors) / len(errors) ** 0.5
