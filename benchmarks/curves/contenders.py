@@ -1,7 +1,7 @@
 """Who learns the change: AuroRA with its start and its penalties, and everybody it is measured by.
 
 A model is a chain of layers; `front` and `back` are identity layers before and behind it, so that
-an adapter can bend what goes in or what comes out. `told` are the true directions of the bends.
+an adapter can bend what goes in or what comes out.
 """
 
 from __future__ import annotations
@@ -53,14 +53,15 @@ class Situation(NamedTuple):
     """What `prepare` gets.
 
     model: to change in place. place: regex of the layers. x, y: the examples, (n, d_in) and (n,
-    d_out). told: (m, d), directions that bend, at the front or the back. choice: as above.
+    d_out). read, write: (m, d), the directions that bend, as in Task. choice: as above.
     """
 
     model: nn.Module
     place: str
     x: Tensor
     y: Tensor
-    told: Tensor
+    read: Tensor
+    write: Tensor
     choice: Choice
 
 
@@ -68,11 +69,13 @@ class Situation(NamedTuple):
 class Contender:
     """A method: how it readies a model, what it is penalised for, and between what it may choose.
 
-    factors: regex of parameter names -> factor on the rate. knows: it is told where to look.
+    noisy: the choices where labels are noisy, if they are others. factors: regex of parameter names
+    -> factor on the rate. knows: it is told where to look.
     """
 
     prepare: Callable[[Situation], nn.Module]
     choices: tuple[Choice, ...]
+    noisy: tuple[Choice, ...] = ()
     objective: type[Objective] = Objective
     factors: Mapping[str, float] = field(default_factory=dict)
     knows: bool = False
@@ -124,11 +127,11 @@ def _turn(A: Tensor, seed: int) -> None:
 # --- The others -----------------------------------------------------------------------------------
 
 
-def lora(rank: int) -> Callable[[Situation], nn.Module]:
-    """LoRA in the same layers."""
+def lora(rank: int, train: str | None = None) -> Callable[[Situation], nn.Module]:
+    """LoRA in the same layers; `train`: regex of parameters that train too."""
 
     def prepare(at: Situation) -> nn.Module:
-        baselines.inject_lora(at.model, at.place, rank)
+        baselines.inject_lora(at.model, at.place, rank, train=train)
         return at.model
 
     return prepare
@@ -183,21 +186,22 @@ def relu(rank: int) -> Callable[[Situation], nn.Module]:
 
 
 class Warp(nn.Module):
-    """A spline along each of given directions, added to x.
+    """`z + sum_j S_j(read_j z) write_j`, splines along given directions; S_j starts at 0.
 
-    along: (m, d), orthonormal rows. x (N, d) -> x + S(x along^T) along, which starts at x.
+    read, write: (m, d).
     """
 
-    def __init__(self, along: Tensor) -> None:
+    def __init__(self, read: Tensor, write: Tensor) -> None:
         super().__init__()
         options: dict[str, Any] = {"spline": "per-channel", "init": "zero", "fixed": False}
-        self.anl = aurora.ANL(len(along), **options, **GRID)
-        self.along = nn.Parameter(along, requires_grad=False)
+        self.anl = aurora.ANL(len(read), **options, **GRID)
+        self.read = nn.Parameter(read, requires_grad=False)
+        self.write = nn.Parameter(write, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, d) -> (N, d)."""
-        bent: Tensor = self.anl(x @ self.along.t())
-        return x + bent @ self.along
+    def forward(self, z: Tensor) -> Tensor:
+        """z (N, d) -> (N, d)."""
+        bent: Tensor = self.anl(z @ self.read.t())
+        return z + bent @ self.write
 
 
 class Rough(Objective):
@@ -216,8 +220,9 @@ def warp(knows: bool) -> Callable[[Situation], nn.Module]:
 
     def prepare(at: Situation) -> nn.Module:
         baselines.freeze(at.model, "(?!)")
-        along = at.told if knows else torch.eye(at.told.shape[1])
-        setattr(at.model, at.place.strip("^$"), Warp(along))
+        every = torch.eye(at.read.shape[1])
+        read, write = (at.read, at.write) if knows else (every, every)
+        setattr(at.model, at.place.strip("^$"), Warp(read, write))
         return at.model
 
     return prepare
@@ -225,54 +230,47 @@ def warp(knows: bool) -> Callable[[Situation], nn.Module]:
 
 # --- All by name ----------------------------------------------------------------------------------
 
-ROUGH, SIZE = (3e-4, 3e-3), (1e-3, 3e-3)
+ROUGH, SIZE, STIFF = (3e-4, 3e-3), (1e-3, 3e-3), (3e-2, 3e-1, 3.0)
 OURS = grid(rate=(0.05,), rough=ROUGH, size=SIZE, turn=(0, 1))
+OURS_NOISY = grid(rate=(0.05,), rough=STIFF, size=(1e-2, 1e-1))
 LINEAR = grid(rate=(0.003, 0.01, 0.03), decay=(0.0, 0.1))
+FULL = grid(rate=(3e-4, 1e-3, 3e-3), decay=(0.0, 0.3))
+FULL_NOISY = grid(rate=(1e-5, 1e-4, 1e-3), decay=(0.0, 0.3))
+SPLINES = grid(rate=(0.01, 0.05), rough=(3e-5, *ROUGH))
+SPLINES_NOISY = grid(rate=(0.01, 0.05), rough=STIFF)
+UNITS = grid(rate=(0.003, 0.01, 0.03), size=(0.0, *SIZE))
+UNITS_NOISY = grid(rate=(0.003, 0.01, 0.03), size=(1e-2, 1e-1))
 SLOW_A = {r"\.[AB]$": 0.1}  # A and B at a tenth of the rate of the splines
-ADAPTED: dict[str, Any] = {"objective": Bent, "factors": SLOW_A}
-RELU: dict[str, Any] = {"objective": Sparse}
+BIASES = r"^(first|middle|last)\.bias"
+
+
+def ours(rank: int, choices: tuple[Choice, ...] = OURS, **options: Any) -> Contender:
+    """AuroRA with its penalties."""
+    return Contender(adapt(rank, **options), choices, OURS_NOISY, Bent, SLOW_A)
+
 
 CONTENDERS: dict[str, Contender] = {
-    "full": Contender(
-        plain(r"^(first|middle|last)\."), grid(rate=(3e-4, 1e-3, 3e-3), decay=(0.0, 0.3, 3.0))
-    ),
-    "biases": Contender(plain(r"^(first|middle|last)\.bias"), LINEAR),
-    "warp, told": Contender(
-        warp(True), grid(rate=(0.01, 0.05), rough=(3e-5, *ROUGH)), Rough, knows=True
-    ),
-    "warp, every input": Contender(
-        warp(False), grid(rate=(0.01, 0.05), rough=(3e-5, *ROUGH)), Rough
-    ),
-    "AuroRA r=4": Contender(adapt(4), OURS, **ADAPTED),
-    "AuroRA r=2": Contender(adapt(2), OURS, **ADAPTED),
-    "AuroRA r=1": Contender(adapt(1), OURS, **ADAPTED),
+    "full": Contender(plain(r"^(first|middle|last)\."), FULL, FULL_NOISY),
+    "biases": Contender(plain(BIASES), LINEAR),
+    "warp, told": Contender(warp(True), SPLINES, SPLINES_NOISY, Rough, knows=True),
+    "warp, every input": Contender(warp(False), SPLINES, SPLINES_NOISY, Rough),
+    "LoRA r=1, biases too": Contender(lora(1, BIASES), LINEAR),
+    "LoRA r=3, biases too": Contender(lora(3, BIASES), LINEAR),
 }
-CONTENDERS |= {f"LoRA r={rank}": Contender(lora(rank), LINEAR) for rank in (1, 2, 3, 4, 5, 8)}
+CONTENDERS |= {f"AuroRA r={rank}": ours(rank) for rank in (1, 2, 4)}
+CONTENDERS |= {f"LoRA r={rank}": Contender(lora(rank), LINEAR) for rank in (3, 5, 8)}
 CONTENDERS |= {
-    f"ReLU {rank}": Contender(
-        relu(rank), grid(rate=(0.003, 0.01, 0.03), size=(0.0, *SIZE)), **RELU
-    )
-    for rank in (3, 5, 7)
+    f"ReLU {rank}": Contender(relu(rank), UNITS, UNITS_NOISY, Sparse) for rank in (2, 5, 7)
 }
 # What AuroRA's parts bring.
+PAPER: dict[str, Any] = {"spline": "summed", "init": "paper", "fixed": True}
+PAPER |= {"grid_size": 5, "grid_range": (-1.0, 1.0)}
 CONTENDERS |= {
-    "AuroRA r=4, drawn": Contender(adapt(4, start=False), OURS, **ADAPTED),
-    "AuroRA r=4, no penalty": Contender(
-        adapt(4), grid(rate=(0.02, 0.05), turn=(0, 1)), **ADAPTED
-    ),
-    "AuroRA r=4, roughness only": Contender(
-        adapt(4), grid(rate=(0.05,), rough=ROUGH, turn=(0, 1)), **ADAPTED
-    ),
-    "AuroRA r=4, size only": Contender(
-        adapt(4), grid(rate=(0.05,), size=SIZE, turn=(0, 1)), **ADAPTED
-    ),
-    "AuroRA r=4, one start": Contender(
-        adapt(4), grid(rate=(0.05,), rough=ROUGH, size=SIZE), **ADAPTED
-    ),
-    "AuroRA r=4, with F": Contender(adapt(4, fixed=True), OURS, **ADAPTED),
-    "AuroRA r=2, the paper's": Contender(
-        adapt(2, start=False, spline="summed", init="paper", fixed=True, grid_size=5,
-              grid_range=(-1.0, 1.0)),
-        LINEAR,
-    ),
+    "AuroRA r=4, drawn": ours(4, start=False),
+    "AuroRA r=4, no penalty": ours(4, grid(rate=(0.02, 0.05), turn=(0, 1))),
+    "AuroRA r=4, roughness only": ours(4, grid(rate=(0.05,), rough=ROUGH, turn=(0, 1))),
+    "AuroRA r=4, size only": ours(4, grid(rate=(0.05,), size=SIZE, turn=(0, 1))),
+    "AuroRA r=4, one start": ours(4, grid(rate=(0.05,), rough=ROUGH, size=SIZE)),
+    "AuroRA r=4, with F": ours(4, fixed=True),
+    "AuroRA r=2, the paper's": Contender(adapt(2, start=False, **PAPER), LINEAR),
 }

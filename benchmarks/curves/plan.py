@@ -8,8 +8,7 @@ from benchmarks.curves.runs import Run
 
 Who = tuple[str, str]  # method, place
 
-EXAMPLES = (256, 1024, 64)
-FRONT: tuple[Who, ...] = (
+SWAP: tuple[Who, ...] = (
     ("AuroRA r=4", "front"),
     ("full", "all"),
     ("warp, every input", "front"),
@@ -17,13 +16,46 @@ FRONT: tuple[Who, ...] = (
     ("LoRA r=8", "front"),
     ("ReLU 7", "front"),
     ("biases", "all"),
+    ("AuroRA r=4", "first"),
+    ("LoRA r=5", "first"),
+    ("ReLU 5", "first"),
 )
-FIRST: tuple[Who, ...] = (("AuroRA r=4", "first"), ("LoRA r=5", "first"), ("ReLU 5", "first"))
+TONES: tuple[Who, ...] = (
+    ("AuroRA r=2", "back"),
+    ("full", "all"),
+    ("warp, every input", "back"),
+    ("warp, told", "back"),
+    ("LoRA r=3", "back"),
+    ("LoRA r=3, biases too", "back"),
+    ("ReLU 5", "back"),
+    ("biases", "all"),
+    ("AuroRA r=1", "back"),
+)
+
+
+RATINGS: tuple[Who, ...] = (
+    ("AuroRA r=1", "back"),
+    ("AuroRA r=1", "last"),
+    ("full", "all"),
+    ("biases", "all"),
+    ("LoRA r=1, biases too", "back"),
+    ("warp, told", "back"),
+    ("ReLU 5", "back"),
+)
 
 
 def plan() -> Iterator[Run]:
     """All runs."""
-    for world in ("motors", "differential"):
-        for examples in EXAMPLES:
-            for method, place in (*FRONT, *FIRST):
-                yield Run("swap", world, method, place, examples)
+    for examples in (16, 64, 256):
+        for world in ("products to movies", "movies to tweets"):
+            for method, place in RATINGS:
+                yield Run("ratings", world, method, place, examples, draws=10)
+    for examples in (256, 1024, 64):
+        for method, place in SWAP[:7]:
+            yield Run("swap", "motors", method, place, examples)
+        for method, place in SWAP[:7]:
+            yield Run("swap", "differential", method, place, examples)
+        for method, place in TONES:
+            yield Run("tones", "coffee", method, place, examples)
+    for method, place in SWAP[7:]:
+        yield Run("swap", "motors", method, place, 256)

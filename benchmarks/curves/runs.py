@@ -13,11 +13,12 @@ from torch import Tensor
 
 from benchmarks.curves.contenders import CONTENDERS, PLACES, Choice, Situation
 from benchmarks.curves.stack import Pace, Stack
-from benchmarks.curves.tasks import Task, find
+from benchmarks.curves.chain import Task
+from benchmarks.curves.tasks import find
 from benchmarks.lab import records
 from benchmarks.lab.records import Record
 
-STEPS, HELD = 1500, 5  # of Adam; every fifth example is held out to choose
+STEPS, HELD = 1200, 5  # of Adam; every fifth example is held out to choose
 
 
 class Run(NamedTuple):
@@ -53,12 +54,13 @@ def perform(run: Run) -> Record:
     method = CONTENDERS[run.method]
     x, y = draw(task, run.examples, run.draws)  # (draws, n, d)
     held = max(1, run.examples // HELD)
-    every = [choice for _ in range(run.draws) for choice in method.choices]
-    owner = torch.arange(run.draws).repeat_interleave(len(method.choices))
+    choices = (run.task == "ratings" and method.noisy) or method.choices
+    every = [choice for _ in range(run.draws) for choice in choices]
+    owner = torch.arange(run.draws).repeat_interleave(len(choices))
     stack = train(run, task, x[owner, held:], y[owner, held:], every)
     scores = stack.errors(x[owner, :held], y[owner, :held]).view(run.draws, -1)
     best = scores.argmin(1).tolist()
-    chosen = [method.choices[i] for i in best]
+    chosen = [choices[i] for i in best]
     final = train(run, task, x, y, chosen)
     errors = final.errors(*task.test).tolist()
     return {
@@ -95,11 +97,11 @@ def train(run: Run, task: Task, x: Tensor, y: Tensor, choices: Sequence[Choice])
     for one_x, one_y, choice in zip(x, y, choices, strict=True):
         torch.manual_seed(len(models))
         model = copy.deepcopy(task.base)
-        at = Situation(model, PLACES[run.place], one_x, one_y, task.told, choice)
+        at = Situation(model, PLACES[run.place], one_x, one_y, task.read, task.write, choice)
         models.append(method.objective(method.prepare(at)))
     weights = torch.tensor([[choice.rough, choice.size] for choice in choices])
     rates, decay = (torch.tensor([c[i] for c in choices]) for i in (0, 1))
-    size = 64 if run.examples <= 512 else 128
+    size = 32 if run.examples <= 512 else 64
     pace = Pace(run.steps, size, rates, decay, weights, method.factors)
     return Stack(models).train(x, y, pace)
 

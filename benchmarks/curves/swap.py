@@ -8,13 +8,13 @@ exchange is imposed: the commanded torques, or the measured velocities, pass thr
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.curves.chain import Task, chain, fit
 from benchmarks.curves.kept import kept
 from benchmarks.lab.needs import need
 
@@ -28,20 +28,6 @@ AXES = {  # along what the world bends, of the two inputs that it bends
     "differential": np.array([[HALF, HALF], [HALF, -HALF]]),
     "sensors": np.eye(2),
 }
-
-
-class Task(NamedTuple):
-    """A model and a world that it does not fit.
-
-    base: the pretrained model, to be copied. pool, test: (x (n, d_in), y (n, d_out)) to draw
-    examples from, and to be judged by. told: (m, d) the directions that bend, at the front or the
-    back.
-    """
-
-    base: nn.Sequential
-    pool: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    told: Tensor
 
 
 def weak(torque: Any) -> Any:
@@ -80,43 +66,6 @@ def collect(world: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return next(pair), next(pair)
 
 
-def chain(*widths: int) -> nn.Sequential:
-    """front, first, tanh, middle, tanh, last, back: the ends are identity layers."""
-    n_in, *hidden, n_out = widths
-    first, middle = nn.Linear(n_in, hidden[0]), nn.Linear(hidden[0], hidden[1])
-    found: dict[str, nn.Module] = {"front": identity(n_in), "first": first, "bend": nn.Tanh()}
-    found |= {"middle": middle, "bend again": nn.Tanh(), "last": nn.Linear(hidden[1], n_out)}
-    return nn.Sequential(OrderedDict(found | {"back": identity(n_out)}))
-
-
-@torch.no_grad()
-def identity(width: int) -> nn.Linear:
-    """A linear layer that computes x, for adapters at a model's ends."""
-    layer = nn.Linear(width, width).requires_grad_(False)
-    layer.weight.copy_(torch.eye(width))
-    layer.bias.zero_()
-    return layer
-
-
-def fit(model: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float = 3e-3) -> None:
-    """Train from scratch with Adam, 256 examples a step, cosine schedule with warm-up."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, rate)
-
-    def pace(step: int) -> float:
-        return min(1.0, (step + 1) / 500) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, pace)
-    order = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        rows = torch.randint(len(x), (256,), generator=order)
-        loss = (model(x[rows]) - y[rows]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-
 def base(samples: int = SAMPLES, steps: int = STEPS) -> tuple[nn.Sequential, Tensor, Tensor]:
     """(model, mean and deviation of its 8 inputs, deviation of its 2 outputs in the third place).
 
@@ -148,4 +97,4 @@ def _task(world: str, pool: int, test: int, **options: int) -> Task:
         found.append(((x - shift[0]) / shift[1], y / scale))
     told = torch.zeros(2, 8)
     told[:, VELOCITIES if world == "sensors" else TORQUES] = torch.tensor(AXES[world]).float()
-    return Task(model, found[0], found[1], told)
+    return Task(model, found[0], found[1], told, told)

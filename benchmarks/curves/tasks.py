@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.curves import swap
-from benchmarks.curves.swap import Task
+from benchmarks.curves import ratings, swap, tones
+from benchmarks.curves.chain import Task
 
-__all__ = ["Task", "find"]
+MAKERS = {"swap": swap.task, "ratings": ratings.task, "tones": tones.task}
 
 
 def find(task: str, world: str) -> Task:
-    """The task in a world of its own."""
-    return swap.task(world)
+    """The task in one of its worlds."""
+    return MAKERS[task](world)
