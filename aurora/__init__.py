@@ -1,71 +1,36 @@
 """Nonlinear low-rank adaptation of PyTorch models: AuroRA (NeurIPS 2025, arXiv:2505.18738)."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from aurora._running import check as check
+from aurora.bounds import BoundsReport as BoundsReport
+from aurora.bounds import Certificate as Certificate
+from aurora.bounds import assert_bounded as assert_bounded
+from aurora.bounds import certify as certify
+from aurora.bounds import report_bounds as report_bounds
+from aurora.checkpoint import Loaded as Loaded
+from aurora.checkpoint import adapter_state_dict as adapter_state_dict
+from aurora.checkpoint import load as load
+from aurora.checkpoint import load_adapter_state_dict as load_adapter_state_dict
+from aurora.checkpoint import save as save
+from aurora.core import ANL as ANL
+from aurora.core import AuroraConfig as AuroraConfig
+from aurora.core import AuroraLinear as AuroraLinear
+from aurora.core import disabled as disabled
+from aurora.core import inject as inject
+from aurora.core import parameters as parameters
+from aurora.core import remove as remove
+from aurora.core import static_merge as static_merge
+from aurora.core import summary as summary
+from aurora.merging import MergeReport as MergeReport
+from aurora.merging import merge as merge
+from aurora.merging import watch_linearity as watch_linearity
+from aurora.plots import plot as plot
+from aurora.recipes import parameter_groups as parameter_groups
+from aurora.recipes import recommended as recommended
+from aurora.recipes import roughness as roughness
+from aurora.recipes import start_as_identity as start_as_identity
+from aurora.recipes import start_from_gradient as start_from_gradient
 
-from aurora.checkpoint import adapter_state_dict, load, load_adapter_state_dict, save
-from aurora.core import (
-    ANL,
-    AuroraConfig,
-    AuroraLinear,
-    disabled,
-    inject,
-    parameters,
-    remove,
-)
-from aurora.recipes import (
-    parameter_groups,
-    roughness,
-    start_as_identity,
-    start_from_gradient,
-)
+__version__ = "0.2.0"
 
-if TYPE_CHECKING:
-    from aurora.bounds import BoundsReport, Certificate, assert_bounded, certify, report_bounds
-    from aurora.merging import MergeReport, merge, watch_linearity
-
-__version__ = "0.1.0"
-
-__all__ = [
-    "ANL",
-    "AuroraConfig",
-    "AuroraLinear",
-    "BoundsReport",
-    "Certificate",
-    "MergeReport",
-    "adapter_state_dict",
-    "assert_bounded",
-    "certify",
-    "disabled",
-    "inject",
-    "load",
-    "load_adapter_state_dict",
-    "merge",
-    "parameter_groups",
-    "parameters",
-    "remove",
-    "report_bounds",
-    "roughness",
-    "save",
-    "start_as_identity",
-    "start_from_gradient",
-    "watch_linearity",
-]
-
-# What training does not need is imported when it is first asked for.
-_LATER = {
-    "bounds": ("BoundsReport", "Certificate", "assert_bounded", "certify", "report_bounds"),
-    "merging": ("MergeReport", "merge", "watch_linearity"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _LATER.items():
-        if name == module or name in names:
-            found = importlib.import_module(f"aurora.{module}")
-            return found if name == module else getattr(found, name)
-    raise AttributeError(f"module 'aurora' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+# What is imported above as itself, and none of the modules it comes from.
+__all__ = sorted(name for name, found in globals().items() if hasattr(found, "__qualname__"))

@@ -1,208 +1,254 @@
-"""An adapter in one file: the parameters that training moved, and what is needed to inject it into a fresh model.
+"""An adapter in one file, and beside the base in a full checkpoint.
 
-The file is in the safetensors format: tensors under the names of `aurora.adapter_state_dict`, and in the metadata,
-under "aurora", one JSON object: `version`, `configs` (each an AuroraConfig), `layers` (name: in_features, out_features,
-index into `configs`) and `train` (names of the parameters that `train=` kept, and of the persistent buffers beside
-them, such as a BatchNorm's running statistics). Nothing in it is ever executed, and nothing is written into the model
-before all of it has been checked against the model and against itself.
+    aurora.save(model, "adapter.safetensors")     # or a folder
+    print(aurora.load(fresh_model, "adapter.safetensors"))
+
+The file is in the safetensors format: tensors under the names of `aurora.adapter_state_dict`, and
+in the metadata "sha256", a digest of every byte, and "aurora", one JSON object: `version`,
+`configs` (each an AuroraConfig), `layers` (name: in_features, out_features, index into `configs`)
+and `train` (what `train=` kept, and the persistent buffers beside it, such as a BatchNorm's running
+statistics). Nothing in it is ever executed, and nothing is written into the model before all of it
+has been checked, against itself and against the model.
+
+A full checkpoint is what `model.save_pretrained(folder)`, a Trainer or `SentenceTransformer.save`
+make of an injected model. Its state dict has the base under the base's names, so that
+`from_pretrained(folder)` gives the base, and beside each adapter its options, as the extra state
+of `ANL`, so that `aurora.load(base, folder)` gives the adapted model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from aurora import core
+from aurora import _source, core
+from aurora._file import encode, shown, write_atomically
+from aurora._header import Header, Shapes
 
-VERSION = 1
-_Shapes: TypeAlias = dict[str, tuple[int, ...]]
+_MOST = 20  # problems that a message lists
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Header:
-    """What the metadata says: layer name -> (in_features, out_features, config), and the kept parameters' names."""
+class Loaded:
+    """What `load` has done. Prints as a sentence or two.
 
-    layers: dict[str, tuple[int, int, core.AuroraConfig]]
-    train: list[str]
+    Attributes:
+        path: The file or folder.
+        layers: The adapted layers that got their values, by name.
+        train: The other parameters and buffers that got theirs.
+        left: Adapted layers of a full checkpoint that the model does not have.
+        merged: Layers that have an adapter merged into their weight already.
+    """
 
-    def to_json(self) -> str:
-        configs = list(dict.fromkeys(config for *_, config in self.layers.values()))
-        layers = {
-            name: [n_in, n_out, configs.index(config)]
-            for name, (n_in, n_out, config) in self.layers.items()
-        }
-        plain = [dataclasses.asdict(config) for config in configs]
-        return json.dumps(
-            {"version": VERSION, "configs": plain, "layers": layers, "train": self.train}
-        )
+    path: Path
+    layers: tuple[str, ...]
+    train: tuple[str, ...]
+    left: tuple[str, ...]
+    merged: tuple[str, ...]
 
-    @classmethod
-    def from_json(cls, text: str) -> _Header:
-        found = json.loads(text)
-        if found["version"] != VERSION:
-            raise ValueError(
-                f"it has format version {found['version']!r}, this release reads version {VERSION}"
-            )
-        configs = [
-            core.AuroraConfig(**{**c, "grid_range": tuple(c["grid_range"])})
-            for c in found["configs"]
-        ]
-        layers = {
-            str(name): (n_in, n_out, configs[i])
-            for name, (n_in, n_out, i) in found["layers"].items()
-        }
-        if not layers:
-            raise ValueError("it names no layer")
-        return cls(layers, [str(name) for name in found["train"]])
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Header:
-        found = core.layers(model)
-        layers = {
-            name: (layer.in_features, layer.out_features, layer.config)
-            for name, layer in found.items()
-        }
-        adapters = {
-            core.join(name, key)
-            for name, layer in found.items()
-            for key in layer.adapter_parameters()
-        }
-        return cls(layers, [name for name in adapter_state_dict(model) if name not in adapters])
-
-    def described(self, name: str) -> dict[str, Any]:
-        """All that must agree for a layer's values to mean the same; dropout acts in training only."""
-        n_in, n_out, config = self.layers[name]
-        options = {
-            key: value for key, value in dataclasses.asdict(config).items() if key != "dropout"
-        }
-        return {"in_features": n_in, "out_features": n_out, **options}
-
-    def adapter_shapes(self) -> _Shapes:
-        """The shapes the adapters' tensors must have; plain arithmetic, so that a hostile rank allocates nothing."""
-        shapes: _Shapes = {}
-        for name, (n_in, n_out, c) in self.layers.items():
-            own = {"A": (c.rank, n_in), "B": (n_out, c.rank)}
-            own |= {"anl.H": (c.rank, c.rank)} if c.fixed else {}
-            own |= (
-                {"anl.spline_weight": (c.rank, c.grid_size + c.spline_order)} if c.learnable else {}
-            )
-            shapes |= {core.join(name, key): shape for key, shape in own.items()}
-        return shapes
+    def __str__(self) -> str:
+        also = f" and {len(self.train)} other tensors" if self.train else ""
+        lines = [f"loaded {len(self.layers)} adapted layers{also} from {shown(self.path)}"]
+        lines += _listed("left in the checkpoint, not in the model:", map(shown, self.left))
+        lines += _listed("on top of weights that were merged before:", map(shown, self.merged))
+        return "\n".join(lines)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters, and the parameters that `train=` kept, to one safetensors file.
 
-    Atomic: the bytes are written beside `path`, flushed to the disk and renamed, so that a crash leaves the old file or
-    the new one. Sharded parameters (FSDP2) are gathered, so then every rank must call `save`; rank 0 writes.
+    Atomic: a crash leaves the old file or the new one. An existing file keeps its mode and group,
+    and a symbolic link is followed. Nothing but PyTorch is needed. Parameters that FSDP2 has
+    sharded are gathered, so that every rank must call `save`; rank 0 writes. Projections that are
+    fixed are saved with the rest, in full: a file does not depend on a random generator.
 
-    Raises ValueError if the model has no adapters or they are on the meta device, ImportError without safetensors.
+    Args:
+        model: A model with adapters.
+        path: The file; or a folder, which is an existing one or ends in "/", for
+            "aurora_adapter.safetensors" in it.
+
+    Raises:
+        ValueError: If the model has no adapters; if they are on the meta device, in FSDP1's flat
+            shards, or not finite, which `load` would refuse; if the path is a FIFO or a device.
+        OSError: If the file cannot be written. The old file is then as it was.
     """
-    safetensors = _safetensors()
-    header = _Header.of(model)
-    tensors = {
-        name: _gathered(p).cpu().contiguous() for name, p in adapter_state_dict(model).items()
-    }
-    tensors = {
-        name: tensor.clone() for name, tensor in tensors.items()
-    }  # tied tensors may not share memory in a file
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_rank() > 0
-    ):
-        return
-    _write_atomically(Path(path), safetensors.torch.save(tensors, {"aurora": header.to_json()}))
+    view = core.ModelView.adapted(model)
+    _refuse_flat(view)
+    header = Header.of(view)
+    tensors = {name: _gathered(p) for name, p in adapter_state_dict(model).items()}
+    broken = [n for n in view.adapter() if not tensors[n].isfinite().all()]
+    if broken:
+        raise ValueError("\n".join(_listed("NaN or infinity, nothing was saved:", broken)))
+    if _rank() == 0:
+        data = encode(tensors, {"aurora": header.to_json()})
+        write_atomically(_target(path), data)
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Put a saved adapter into `model`. A bare model is injected first; an injected one gets the values in place.
+def load(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
+    """Put a saved adapter into a model: all of it, or, on an error or an interrupt, nothing.
 
-    In place means that parameters stay the same objects, so optimizers and compiled graphs stay valid. The layers,
-    their widths and every option but dropout must then be the file's; to change the rank, `aurora.remove(model)` first.
+    A bare model is injected first. One that is injected gets the values in place: parameters stay
+    the same objects, so that optimizers and compiled graphs stay valid. Its layers and their
+    options must then be the file's, except for those that matter in training only (dropout, init,
+    projections); to change the rank, `aurora.remove(model)` first.
 
-    Raises FileNotFoundError; ValueError, with the model as it was, for a file that is damaged, of another version, or
-    no adapter, and for missing, unexpected or misshapen layers, which it lists; ImportError without safetensors.
+    Of a full checkpoint only the adapter is read, and what the injected model keeps by `train=`:
+    the base, with heads as they were trained, comes from `from_pretrained`. Layers that the model
+    does not have are left, and listed in what is returned. The names may also be those of a part
+    of the model: a checkpoint of the encoder loads into a SentenceTransformer around it.
+
+    A model whose weights an adapter was merged into, in this process, gets the new one on top,
+    which is right only if that was trained so: a warning says it, and the report.
+
+    Args:
+        model: The model that was injected, bare or injected.
+        path: A file that `save` wrote; a folder with one; a full checkpoint in safetensors, whole
+            or in shards, or its folder.
+
+    Returns:
+        What was loaded, and what was left. It prints as a sentence or two.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or none in the folder.
+        ValueError: With the model as it was: for a file that is damaged, of another version, or
+            no adapter; for missing, unexpected or misshapen layers, which it lists; for values
+            that are not finite, or not in the model's dtype.
     """
-    header, tensors = _read(Path(path))
     view = core.ModelView.of(model)
-    adapted = bool(view.layers)
-    problems = _differences(_Header.of(model), header) if adapted else _misfits(model, header)
-    base = {n: owned.tensor for n, owned in (view.buffers | view.parameters).items()}
-    problems += _wrong_shapes(
-        base, header, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    )
-    problems += _wrong_dtypes(base, tensors)
+    _refuse_flat(view)
+    path, header, tensors, left = _source.read(Path(path), view)
+    base = {name: owned.tensor for name, owned in (view.buffers | view.parameters).items()}
+    problems = header.unlike(Header.of(view)) if view.layers else header.misfits(view)
+    if view.layers and problems:
+        problems.append("aurora.remove(model) first, to load into the bare model")
+    problems += _wrong_shapes(base, header, {n: tuple(t.shape) for n, t in tensors.items()})
+    title = f"{shown(path)} does not fit this model, nothing was loaded:"
     if problems:
-        raise ValueError(
-            f"{path} does not fit this model, nothing was loaded:\n  " + "\n  ".join(problems)
-        )
-    if adapted:
-        _fill(model, tensors)
-        return
-    try:
-        for config in dict.fromkeys(config for *_, config in header.layers.values()):
-            names = (name for name, (*_, its) in header.layers.items() if its == config)
-            core.inject(
-                model,
-                _exactly(names),
-                config,
-                train=_exactly(header.train) if header.train else None,
-            )
-        _fill(model, tensors)
-    except Exception:
-        with contextlib.suppress(ValueError):  # nothing was injected yet
-            core.remove(model)
-        raise
+        raise ValueError("\n".join(_listed(title, problems)))
+    merged = tuple(name for name in header.layers if core.is_merged(view.modules[name]))
+    if merged:
+        what = "their weights have an adapter merged into them; this one adds to it"
+        warnings.warn("\n".join(_listed(f"{what}:", map(shown, merged))), stacklevel=2)
+    written = adapter_state_dict(model) if view.layers else {n: base[n] for n in header.train}
+    with core.unchanged_on_error(model, written.values()):
+        if not view.layers:
+            _inject_as(model, header)
+        _fill(model, tensors, title)
+    return Loaded(path, tuple(header.layers), tuple(header.train), left, merged)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `core.trained_parameters`, detached and sharing memory with the model, as `state_dict` does.
+    """The adapters' tensors and what `train=` kept, detached; memory is shared with the model.
 
-    With them the persistent buffers of what `train=` kept, such as a BatchNorm's running statistics.
+    With them come the persistent buffers of what `train=` kept, such as a BatchNorm's running
+    statistics.
+
+    Args:
+        model: A model with adapters.
+
+    Raises:
+        ValueError: If the model has no adapters, or FSDP1 keeps them in flat shards.
     """
     view = core.ModelView.adapted(model)
+    _refuse_flat(view)
     buffers = {n: owned.tensor for n, owned in view.buffers.items() if owned.note.train}
     return {name: tensor.detach() for name, tensor in (view.adapter() | buffers).items()}
 
 
-@torch.no_grad()
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the model's, in place: optimizers and compiled graphs stay valid. ValueError if any misfits."""
+    """Copy tensors into the model's, in place and all or nothing: optimizers stay valid.
+
+    Args:
+        model: A model with adapters.
+        state: What `adapter_state_dict` of an equal model gave, on any device.
+
+    Raises:
+        ValueError: With the model as it was, for missing, unexpected and misshapen tensors, which
+            it lists, and for values that are not finite in the model's dtype.
+    """
     own = adapter_state_dict(model)
-    wanted, given = (
-        {n: "meta" if t.is_meta else f"{tuple(t.shape)}" for n, t in x.items()}
-        for x in (own, state)
-    )
-    wrong = [name for name in sorted(wanted | given) if wanted.get(name) != given.get(name)]
-    if wrong:
-        lines = (
-            f"\n  {n}: given {given.get(n, 'nothing')}, the model has {wanted.get(n, 'nothing')}"
-            for n in wrong
+    has, given = _described(own), _described(state)
+    problems = [
+        f"{shown(n)}: given {given.get(n, 'nothing')}, the model has {has.get(n, 'nothing')}"
+        for n in sorted(has | given)
+        if has.get(n) != given.get(n)
+    ]
+    title = "the adapter does not fit the model, nothing was loaded:"
+    if problems:
+        raise ValueError("\n".join(_listed(title, problems)))
+    with core.unchanged_on_error(model, own.values()):
+        _fill(model, state, title)
+
+
+# ---- Checks ---------------------------------------------------------------------------------
+
+
+def _listed(title: str, lines: Iterable[str]) -> list[str]:
+    """A title and the lines under it, the first twenty; nothing if there are none."""
+    found = list(lines)
+    more = [f"  and {len(found) - _MOST} more"] if len(found) > _MOST else []
+    return [title, *(f"  {line}" for line in found[:_MOST]), *more] if found else []
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {n: "meta" if t.is_meta else f"{tuple(t.shape)}" for n, t in tensors.items()}
+
+
+def _refuse_flat(view: core.ModelView) -> None:
+    """FSDP1 keeps a flat piece of every parameter on each rank."""
+    if any(layer.A.dim() != 2 for layer in view.layers.values()):
+        raise ValueError(
+            "FullyShardedDataParallel keeps the adapters in flat shards: on every rank, call this "
+            "inside `with FullyShardedDataParallel.summon_full_params(model):`, or use fully_shard"
         )
-        raise ValueError("the adapter does not fit the model, nothing was loaded:" + "".join(lines))
-    for name, p in own.items():
-        p.copy_(state[name])
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            'aurora.save and aurora.load need safetensors: pip install "aurora-adapters[save]"'
-        ) from error
-    return safetensors
+def _wrong_shapes(base: Mapping[str, Tensor], header: Header, given: Shapes) -> list[str]:
+    absent = [name for name in header.train if name not in base]
+    problems = [f"{shown(name)}: trained in the file, missing in the model" for name in absent]
+    wanted = header.adapter_shapes()
+    wanted |= {name: tuple(base[name].shape) for name in header.train if name in base}
+    for name in sorted((wanted | given).keys() - set(absent)):
+        if wanted.get(name) != given.get(name):
+            there, here = given.get(name, "missing"), wanted.get(name, "no such tensor")
+            problems.append(f"{shown(name)}: shape {there}, expected {here}")
+    return problems
+
+
+def _wrong_values(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], buffers: Container[str]
+) -> list[str]:
+    """What copying would cast without a word, and what is not finite in the model's dtype."""
+    problems = []
+    for name, like in own.items():
+        tensor, dtype = given[name], like.dtype
+        if tensor.dtype not in _FLOATS or dtype not in _FLOATS:
+            if tensor.dtype != dtype:
+                problems.append(f"{shown(name)}: {tensor.dtype} cannot become {dtype}")
+        elif not tensor.isfinite().all():
+            # A mask may hold infinity, as the one that the model has.
+            if name not in buffers or not _as_wide(like, tensor):
+                problems.append(f"{shown(name)}: NaN or infinity")
+        elif not tensor.to(dtype).isfinite().all():
+            problems.append(f"{shown(name)}: too large for the model's {dtype}")
+    return problems
+
+
+def _as_wide(own: Tensor, given: Tensor) -> bool:
+    """Whether a buffer is infinite or NaN at no more places than the model's own."""
+    return bool((given.isfinite() | ~own.to(given.device).isfinite()).all())
+
+
+# ---- Writing --------------------------------------------------------------------------------
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -210,148 +256,63 @@ def _gathered(tensor: Tensor) -> Tensor:
         raise ValueError(
             "the adapters are on the meta device and hold no values; materialise the model first"
         )
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    whole: Any = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return cast(Tensor, whole.cpu())
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())  # mkstemp's 0600 would surprise whoever shares the file
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
-    with contextlib.suppress(
-        OSError
-    ):  # some systems cannot open a folder; there the rename alone has to do
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def _rank() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if there else 0
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file to write for a path, whose folder is made if the path says that it is one."""
+    text = os.fspath(path)
+    if text.endswith(("/", os.sep)):
+        Path(text).mkdir(parents=True, exist_ok=True)
+    return Path(text) / _source.FILE if Path(text).is_dir() else Path(text)
 
 
-def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
-    safetensors = _safetensors()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no adapter file {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or a damaged one: {error}") from error
-    if "aurora" not in metadata:
-        raise ValueError(f"{path} is a safetensors file, but not one that aurora.save wrote")
-    try:
-        return _Header.from_json(metadata["aurora"]), tensors
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        IndexError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-    ) as error:
-        raise ValueError(f"{path} cannot be read as an adapter: {error!r}") from error
+def _inject_as(model: nn.Module, header: Header) -> None:
+    """Inject a bare model as a header says, which has been found to fit."""
+    train = None
+    if header.train:
+        train = rf"\A(?:{'|'.join(map(re.escape, header.train))})\Z"
+    for config in dict.fromkeys(config for *_, config in header.layers.values()):
+        names = {name for name, (*_, its) in header.layers.items() if its == config}
+        core.inject(model, _among(names), config, train=train)
 
 
-def _misfits(model: nn.Module, header: _Header) -> list[str]:
-    """What keeps a bare model from being injected as the header says."""
-    modules = core.ModelView.of(model).modules
-    first = {modules[name]: name for name in reversed(modules)}  # the first of several names wins
-    problems = []
-    for name, (n_in, n_out, _) in header.layers.items():
-        found = core.linear_features(modules[name]) if name in modules else None
-        if name in modules and first[modules[name]] != name:
-            problems.append(f"{name}: the same layer as {first[modules[name]]} in the model")
-        elif found is None:
-            problems.append(
-                f"{name}: {'not a linear layer' if name in modules else 'missing'} in the model"
-            )
-        elif found != (n_in, n_out):
-            problems.append(
-                f"{name}: {n_in} -> {n_out} in the file, {found[0]} -> {found[1]} in the model"
-            )
-    return problems
+def _among(names: set[str]) -> core.Target:
+    return lambda name, module: name in names
 
 
-def _differences(own: _Header, header: _Header) -> list[str]:
-    """What keeps a model that is injected already from taking the file's values in place."""
-    problems = [
-        f"{name}: adapted in the file only" for name in header.layers.keys() - own.layers.keys()
-    ]
+@torch.no_grad()
+def _fill(model: nn.Module, state: Mapping[str, Tensor], title: str) -> None:
+    """Check the values and copy them into the model, whose names and shapes are those of `state`.
+
+    On an error the caller puts back what was written.
+    """
+    own = adapter_state_dict(model)
+    problems = _wrong_values(own, state, core.ModelView.of(model).buffers)
     problems += [
-        f"{name}: adapted in the model only" for name in own.layers.keys() - header.layers.keys()
+        f"{shown(n)}: on the meta device in the model" for n, p in own.items() if p.is_meta
     ]
-    problems += [
-        f"{name}: trained in one of the two only" for name in set(own.train) ^ set(header.train)
-    ]
-    for name in own.layers.keys() & header.layers.keys():
-        ours, theirs = own.described(name), header.described(name)
-        unlike = (key for key in ours if ours[key] != theirs[key])
-        problems += [
-            f"{name}: {key} {theirs[key]} in the file, {ours[key]} in the model" for key in unlike
-        ]
-    way_out = ["aurora.remove(model) first, to load into the bare model"] if problems else []
-    return sorted(problems) + way_out
+    if problems:
+        raise ValueError("\n".join(_listed(title, problems)))
+    for name, p in own.items():  # in the same order on every rank, as sharding is collective
+        tensor: Any = state[name]
+        if hasattr(p, "placements") and not hasattr(tensor, "placements"):
+            tensor = _distributed(tensor, p)
+        p.copy_(tensor)
 
 
-def _wrong_shapes(base: Mapping[str, Tensor], header: _Header, given: _Shapes) -> list[str]:
-    wanted = header.adapter_shapes() | {
-        name: tuple(base[name].shape) for name in header.train if name in base
-    }
-    problems = [
-        f"{name}: trained in the file, missing in the model"
-        for name in header.train
-        if name not in base
-    ]
-    for name in sorted((wanted | given).keys() - (set(header.train) - base.keys())):
-        if wanted.get(name) != given.get(name):
-            problems.append(
-                f"{name}: shape {given.get(name, 'missing')}, expected {wanted.get(name, 'no such tensor')}"
-            )
-    return problems
-
-
-def _wrong_dtypes(base: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """What copying would cast without a word: only floating point goes into floating point."""
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    wrong = (
-        n
-        for n, t in given.items()
-        if t.dtype not in floats and (n not in base or t.dtype != base[n].dtype)
-    )
-    return [f"{name}: {given[name].dtype} cannot be an adapter's" for name in wrong]
-
-
-def _exactly(names: Iterable[str]) -> str:
-    """A regex that matches these names and no other."""
-    return f"^(?:{'|'.join(map(re.escape, names))})$"
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    own: dict[str, Any] = adapter_state_dict(model)
-    state: dict[str, Any] = dict(tensors)
-    for (
-        name,
-        p,
-    ) in own.items():  # in the same order on every rank, as sharding is a collective operation
-        if name in tensors and hasattr(
-            p, "placements"
-        ):  # FSDP2, tensor parallelism; public since torch 2.5
-            from torch.distributed.tensor import distribute_tensor
-
-            state[name] = distribute_tensor(tensors[name], p.device_mesh, p.placements)
-    load_adapter_state_dict(model, state)
+def _distributed(tensor: Tensor, like: Any) -> Tensor:
+    """A tensor in shards, as FSDP2 or tensor parallelism keeps the model's."""
+    distributed: Any
+    try:
+        from torch.distributed import tensor as distributed
+    except ImportError:  # PyTorch 2.4
+        from torch.distributed import _tensor as distributed
+    mesh, placements = like.device_mesh, like.placements
+    return cast(Tensor, distributed.distribute_tensor(tensor.to(like.device), mesh, placements))

@@ -22,12 +22,24 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypedDict, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    TypedDict,
+    cast,
+    get_args,
+)
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +62,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "identity": lambda z: z,
 }
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "mode": get_args(Mode),
+    "spline": get_args(Spline),
+    "fixed": (True, False),
+    "learnable": (True, False),
+    "activation": get_args(Activation),
+    "init": get_args(Init),
+    "projections": get_args(Projections),
+}
 
 
 class Options(TypedDict, total=False):
@@ -71,33 +92,24 @@ class Options(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class AuroraConfig:
-    """The options of an adapter. The defaults are the paper's.
+    """The options of an adapter; the defaults are the paper's. ValueError for a bad value.
 
     Args:
         rank: r, the width of the hidden vector `z = A x`.
-        alpha: The adapter's output is scaled by `alpha / rank`. None means `2 * rank`, the
-            paper's scaling of 2 at every rank.
+        alpha: The output is scaled by `alpha / rank`. None means `2 * rank`, the paper's scaling.
         mode: "dynamic" trains `B sigma(A x)`; "static" trains `B sigma(A) x`, which merges exactly.
-        spline: "summed": every output channel applies its spline to all input channels and adds
-            up, as the authors' code does. "per-channel": channel j sees z_j alone.
-        fixed: Keep F, the part with a fixed shape (an ablation of the paper).
+        spline: "summed" adds up a channel's spline over all inputs z_i, as the authors' code does;
+            in "per-channel", channel j sees z_j alone.
+        fixed: Keep F (an ablation of the paper).
         learnable: Keep L, the splines (an ablation of the paper).
-        activation: The activation in F; "identity" makes it `F(z) = H z`.
-        grid_size: G, grid cells, 1 to 10,000.
+        activation: The one in F; "identity" makes it `F(z) = H z`.
+        grid_size: G, the number of grid cells, 1 to 10,000.
         spline_order: k, the degree, 1 to 8.
         grid_range: The ends of the grid.
-        dropout: Dropout on the adapter's input, in [0, 1).
-        init: Where sigma starts: at the paper's random draw, at the identity on the grid (as
-            LoRA), or at zero.
-        projections: "fixed" trains sigma alone between an A and a B that stay as they are drawn
-            or as `aurora.start_from_gradient` sets them. It needs init="zero".
-
-    Raises:
-        ValueError: For a bad value; the message names it and what is allowed.
-
-    Example:
-        >>> AuroraConfig(rank=8).scaling
-        2.0
+        dropout: On the adapter's input, in [0, 1).
+        init: Where sigma starts: "paper" draws it, "identity" is LoRA, "zero" is 0.
+        projections: "fixed" trains sigma alone, between an A and a B that stay as they are drawn,
+            or as `aurora.start_from_gradient` sets them. Needs init="zero".
     """
 
     rank: int = 2
@@ -119,9 +131,9 @@ class AuroraConfig:
             if not valid:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
         # Lists and NumPy's or PyTorch's numbers are welcome, but are neither hashable nor JSON.
-        alpha = 2.0 * self.rank if self.alpha is None else float(self.alpha)
-        object.__setattr__(self, "alpha", alpha)
-        object.__setattr__(self, "dropout", float(self.dropout))
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        for name, value in (("alpha", float(alpha)), ("dropout", float(self.dropout))):
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "grid_range", _as_range(self.grid_range))
 
     @property
@@ -134,32 +146,46 @@ class AuroraConfig:
         """1 / h, the inverse of the knot spacing."""
         return self.grid_size / (self.grid_range[1] - self.grid_range[0])
 
+    @classmethod
+    def from_json(cls, found: Any) -> AuroraConfig:
+        """The options of `dataclasses.asdict`, after JSON. ValueError unless each is there."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        given = set(found) if isinstance(found, dict) else set()
+        if given != names or found["alpha"] is None:
+            odd = ", ".join(sorted(map(repr, given ^ names))) or "'alpha'"
+            raise ValueError(f"every option must be given, and no other; see {odd:.200}")
+        return cls(**found)
+
+    def differences(self, other: AuroraConfig) -> list[str]:
+        """The options by which the two compute different functions; the rest is for training."""
+        names = (field.name for field in dataclasses.fields(self))
+        shared = [name for name in names if name not in ("dropout", "init", "projections")]
+        return [name for name in shared if getattr(self, name) != getattr(other, name)]
+
 
 def _rules(c: AuroraConfig) -> Iterator[tuple[str, bool, str]]:
-    """(option, whether its value will do, what is allowed). The rank comes first."""
+    """(option, whether its value will do, what is allowed), the rank first."""
     yield "rank", type(c.rank) is int and c.rank >= 1, "an int of at least 1"
     # Values beyond float32, and grids that float32 cannot resolve, would be accepted and not work.
     yield "alpha", c.alpha is None or abs(_as_float(c.alpha)) < 1e38, "None or a float32 number"
-    yield "mode", c.mode in ("dynamic", "static"), '"dynamic" or "static"'
-    yield "spline", c.spline in ("summed", "per-channel"), '"summed" or "per-channel"'
-    yield "fixed", type(c.fixed) is bool, "True or False"
-    learnable = type(c.learnable) is bool and (c.learnable or c.fixed)
-    yield "learnable", learnable, "True, or False if fixed"
-    yield "activation", c.activation in tuple(_ACTIVATIONS), f"one of {', '.join(_ACTIVATIONS)}"
+    for name, allowed in _CHOICES.items():
+        value, told = getattr(c, name), f"one of {', '.join(map(str, allowed))}"
+        yield name, type(value) is type(allowed[0]) and value in allowed, told
+    yield "learnable", c.learnable or c.fixed, "True where fixed is False"
     size, order = c.grid_size, c.spline_order
     yield "grid_size", type(size) is int and 1 <= size <= 10_000, "an int from 1 to 10,000"
     yield "spline_order", type(order) is int and 1 <= order <= 8, "an int from 1 to 8"
     low, high = _as_range(c.grid_range)
-    largest, spacing = max(abs(low), abs(high)), (high - low) / size
-    resolved = max(1e-18, 2**-13 * largest) < spacing < 1e18
+    coarsest, spacing = 2**-13 * max(abs(low), abs(high)), (high - low) / size
+    resolved = max(1e-18, coarsest) < spacing < 1e18
     yield "grid_range", resolved, "two numbers in rising order whose grid float32 can resolve"
     yield "dropout", 0.0 <= _as_float(c.dropout) < 1.0, "a number in [0, 1)"
-    yield "init", c.init in ("paper", "identity", "zero"), '"paper", "identity" or "zero"'
-    can = c.init != "identity" or _starts_linear(c) or (c.learnable and c.spline == "per-channel")
-    yield "init", can, '"identity" only with splines per channel or F(z) = H z'
-    yield "projections", c.projections in ("trained", "fixed"), '"trained" or "fixed"'
-    exact = c.projections == "trained" or (c.init == "zero" and c.mode == "dynamic")
-    yield "projections", exact, '"fixed" only with init="zero", mode="dynamic"'
+    linear = _starts_linear(c) or (c.learnable and c.spline == "per-channel")
+    told = '"paper" or "zero" unless splines are per channel or F(z) = H z'
+    yield "init", c.init != "identity" or linear, told
+    exact = c.init == "zero" and c.mode == "dynamic"
+    told = '"trained" unless init="zero" and mode="dynamic"'
+    yield "projections", c.projections == "trained" or exact, told
 
 
 def _starts_linear(c: AuroraConfig) -> bool:
@@ -192,6 +218,24 @@ def _configure(rank: int | AuroraConfig, options: Mapping[str, Any]) -> AuroraCo
     if isinstance(rank, AuroraConfig):
         return dataclasses.replace(rank, **options)
     return AuroraConfig(rank, **options)
+
+
+def strict_json(text: bytes | str) -> Any:
+    """Read JSON in UTF-8. ValueError also for a key that stands there twice, NaN and infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key of the JSON stands there twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    text = text if isinstance(text, str) else text.decode()
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
 
 
 # ---- sigma: the definition ------------------------------------------------------------------
@@ -328,6 +372,33 @@ class ANL(nn.Module):
             self.grid = Grid.of(self.config, wide_dtype(p), p.device)
         return self
 
+    # A state dict has the options too, under "_extra_state", so that a checkpoint says which
+    # function it holds. A buffer would be averaged by EMA, sent around by DDP at every step and
+    # left blank by to_empty; a key added by hooks would be unknown to distributed checkpoints.
+    def get_extra_state(self) -> Tensor:
+        """The options as JSON: bytes in a uint8 tensor, which safetensors can store."""
+        text = json.dumps(dataclasses.asdict(self.config)).encode()
+        return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: options are compared before any value is copied, and never changed."""
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        # State dicts of 0.1.0 have no options: those of the model are taken for theirs.
+        given = state.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        if not getattr(given, "is_meta", False):
+            try:
+                other = options_of(given)
+                unlike = self.config.differences(other)
+            except ValueError as error:
+                args[-1].append(f"{prefix}_extra_state: {error}")
+            else:
+                for name in unlike:
+                    theirs, ours = getattr(other, name), getattr(self.config, name)
+                    where = prefix.removesuffix(".") or "the ANL"
+                    args[-1].append(f"{where}: {name} is {theirs} in the state dict, {ours} here")
+        super()._load_from_state_dict(state, prefix, *args)
+
     def forward(self, z: Tensor, scale: float = 1.0) -> Tensor:
         """`scale * sigma(z)` for z (..., r). ValueError for another width or integers."""
         if z.shape[-1:] != (self.config.rank,) or not z.is_floating_point():
@@ -357,72 +428,80 @@ class ANL(nn.Module):
         )
 
 
+def options_of(state: Any) -> AuroraConfig:
+    """The options in what `ANL.get_extra_state` made. ValueError if they cannot be read."""
+    if not isinstance(state, Tensor) or state.dim() != 1 or state.numel() > 10_000:
+        raise ValueError("it does not hold the options of an adapter")
+    try:  # an average of equal state dicts may have made floats of the bytes
+        data = bytes(map(round, state.tolist()))
+    except (TypeError, OverflowError) as error:
+        raise ValueError("it does not hold the options of an adapter") from error
+    return AuroraConfig.from_json(strict_json(data))
+
+
 # ---- The adapted layer ----------------------------------------------------------------------
+
+
+class _Off(threading.local):
+    """The layers whose adapters are off in this thread, and by how many blocks."""
+
+    def __init__(self) -> None:
+        self.depth: dict[int, int] = {}
+
+
+_OFF = _Off()
 
 
 class AuroraLinear(nn.Module):
     """A linear layer with an adapter: x (..., in_features) -> (..., out_features).
 
     `AuroraLinear(layer, rank)` turns that very layer into one, as PyTorch's parametrizations do:
-    it stays the same object with the same tensors and hooks, `isinstance(layer, nn.Linear)`
-    holds, and a state dict has the base's tensors under the base's names. Beside them stand `A`
-    (r, in_features), Kaiming-uniform(a = sqrt 5); `B` (out_features, r), zero, so that the output
-    starts as the base's, bit for bit; `anl.H`, `anl.spline_weight`. They are float32, or float64
-    over a float64 base. The output has the dtype of the base's output.
+    it stays the same object with the same tensors and hooks, `isinstance(layer, nn.Linear)` holds,
+    and in a state dict the base's tensors keep their names. Beside them stand `A` (r, in_features),
+    Kaiming-uniform(a = sqrt 5); `B` (out_features, r), zero, so that the output starts as the
+    base's, bit for bit; `anl.H`, `anl.spline_weight`; float32, or float64 over a float64 base. The
+    output has the dtype of the base's output.
 
     Args:
         layer: An `nn.Linear`, GPT-2's `Conv1D`, or any module that computes a linear map and has
-            integer `in_features` and `out_features`, such as a quantised linear.
+            integers `in_features`, `out_features`, such as a quantised linear.
         rank: r, or an `AuroraConfig`.
         **options: The options of `AuroraConfig`.
 
     Raises:
-        TypeError: If the layer is not linear, or adapted already.
-        ValueError: For a bad option, or a layer whose own names clash with the adapter's.
+        TypeError: The layer is not linear, or adapted already.
+        ValueError: A bad option, or a layer whose own names clash with the adapter's.
 
     Example:
-        >>> layer = AuroraLinear(nn.Linear(64, 32), rank=2)
-        >>> sorted(layer.state_dict())
-        ['A', 'B', 'anl.H', 'anl.spline_weight', 'bias', 'weight']
+        >>> sorted(AuroraLinear(nn.Linear(64, 32), rank=2).state_dict())
+        ['A', 'B', 'anl.H', 'anl._extra_state', 'anl.spline_weight', 'bias', 'weight']
     """
 
-    original: ClassVar[type[nn.Module]]  # the class the layer had
+    original: ClassVar[type[nn.Module]]  # the class that the layer had
     A: nn.Parameter
     B: nn.Parameter
     anl: ANL
     weight: Tensor
-    bias: Tensor | None
 
-    def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:  # noqa: D102
+    config = property(lambda self: self.anl.config, doc="The adapter's options.")
+    scaling = property(lambda self: self.anl.config.scaling, doc="s = alpha / r.")
+    in_features = property(lambda self: self.A.shape[1], doc="The width of x.")
+    out_features = property(lambda self: self.B.shape[0], doc="The width of the output.")
+    enabled = property(lambda self: not _OFF.depth.get(id(self)), doc="Not inside `disabled`.")
+
+    def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:
+        """Adapt the layer itself, and return it."""
         if layer is None:  # a copy or a replica, which fills in its attributes by itself
             return super().__new__(cls)
         attach(layer, _new_adapter(layer, _configure(rank, options)))
         return cast(AuroraLinear, layer)
 
-    def __init__(
-        self, layer: nn.Module, rank: int | AuroraConfig = 2, **options: Unpack[Options]
-    ) -> None:
+    def __init__(self, layer: Any, rank: Any = 2, **options: Unpack[Options]) -> None:
         pass  # not nn.Module's, which would empty the layer
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Our class is made on the fly, so that a pickle has to name the one it is made from.
-        state = object.__reduce_ex__(self, protocol)[2:]
-        return (_blank, (self.original,), *state)
-
-    @property
-    def config(self) -> AuroraConfig:
-        """The adapter's options."""
-        return self.anl.config
-
-    @property
-    def scaling(self) -> float:
-        """s = alpha / r."""
-        return self.anl.config.scaling
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the adapter acts; False inside `disabled`, in the thread that entered it."""
-        return id(self) not in _OFF.depth
+        # The class is made on the fly, so that a pickle has to name the one it is made from.
+        return (_blank, (self.original,), *object.__reduce_ex__(self, protocol)[2:])
 
     @property
     def base(self) -> nn.Module:
@@ -433,14 +512,9 @@ class AuroraLinear(nn.Module):
         view._modules = {k: m for k, m in self._modules.items() if k != "anl"}
         return view
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the adapter afresh, for instance after `to_empty()`; the base is left alone."""
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        if self.config.projections == "fixed":
-            nn.init.orthogonal_(self.B)
-        else:
-            nn.init.zeros_(self.B)
+        _draw(self.A, self.B, self.config)
         self.anl.reset_parameters()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -454,6 +528,12 @@ class AuroraLinear(nn.Module):
         if not self.enabled:
             return cast(Tensor, out)
         return self.add_adapter(out, args[0] if args else next(iter(kwargs.values())))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        # Release 0.1.0 had the base's tensors under "base.".
+        for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+            state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
+        super()._load_from_state_dict(state, prefix, *args)
 
     def add_adapter(self, out: Tensor, x: Tensor) -> Tensor:
         """`out + s B sigma(A x)` for out (..., out_features), x (..., in_features); new tensor.
@@ -473,16 +553,6 @@ class AuroraLinear(nn.Module):
         flat = out.reshape(-1, self.out_features)  # (N, out_features)
         return torch.addmm(flat, y.to(out.dtype), up).view_as(out)
 
-    @property
-    def in_features(self) -> int:
-        """The width of x, whatever the base calls it."""
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """The width of the output."""
-        return self.B.shape[0]
-
     def static_update(self) -> Tensor:
         """`s B sigma(A)`, (out_features, in_features), sigma on each column of A, in float32+."""
         A, B = self.A.to(wide_dtype(self.A)), self.B.to(wide_dtype(self.B))
@@ -497,12 +567,11 @@ class AuroraLinear(nn.Module):
     def extra_repr(self) -> str:
         """The base's line, and the adapter's rank, mode and scaling."""
         c = self.config
-        fixed = ", fixed projections" if c.projections == "fixed" else ""
-        own = f"rank={c.rank}, scaling={c.scaling:g}, {c.mode}{fixed}"
+        own = f"rank={c.rank}, scaling={c.scaling:g}, {c.mode}, {c.projections} projections"
         return f"{super().extra_repr()}, {own}".removeprefix(", ")
 
 
-_ADAPTED: dict[Any, Any] = {}
+_ADAPTED: dict[Any, Any] = {}  # class -> its adapted class, made once
 
 
 def _adapted_class(original: Any) -> Any:
@@ -542,56 +611,50 @@ def as_stored(layer: nn.Module, matrix: Tensor) -> Tensor:
 
 
 def _new_adapter(layer: nn.Module, config: AuroraConfig) -> dict[str, Any]:
-    """A, B and the ANL for a layer that is not touched yet; refuses what cannot be adapted."""
-    features = linear_features(layer)
+    """A, B and the ANL for a layer, which is not touched; refuses what cannot be adapted."""
+    kind, features = type(layer).__name__, linear_features(layer)
     if features is None or isinstance(layer, AuroraLinear):
-        raise TypeError(f"AuroraLinear adapts linear layers, got a {type(layer).__name__}")
-    ours = ("A", "B", "anl", "config", "scaling", "enabled", "base")
-    taken = [name for name in ours if hasattr(layer, name)]
-    if taken:
-        raise ValueError(f"the {type(layer).__name__} has a {taken[0]!r} of its own: rename that")
+        raise TypeError(f"AuroraLinear adapts linear layers, got a {kind}")
+    for name in ("A", "B", "anl", "config", "scaling", "enabled", "base"):
+        if hasattr(layer, name):
+            raise ValueError(f"the {kind} has a {name!r} of its own, as adapters do: rename that")
     if "forward" in layer.__dict__:
-        raise ValueError(
-            f"the {type(layer).__name__}'s forward was replaced on the object, as offloading does, "
-            "and would bypass the adapter: inject first, or use aurora.integrations.accelerate"
-        )
+        told = "as offloading does, and bypasses adapters: inject before"
+        raise ValueError(f"the {kind}'s forward was replaced on the object, {told}")
     if config.rank > max(features):
-        message = f"rank {config.rank} is above both dimensions of the layer, {features}"
-        warnings.warn(message, stacklevel=4)
+        told = f"rank {config.rank} is above both dimensions of the layer, {features}"
+        warnings.warn(told, stacklevel=4)
     like = next(layer.parameters(), torch.empty(()))
     options: Any = {"device": like.device, "dtype": wide_dtype(like)}
+    A = torch.empty(config.rank, features[0], **options)  # (r, in_features)
+    B = torch.empty(features[1], config.rank, **options)  # (out_features, r)
+    _draw(A, B, config)
     trained = config.projections == "trained"
-    adapter = {
-        "A": nn.Parameter(torch.empty(config.rank, features[0], **options), trained),
-        "B": nn.Parameter(torch.empty(features[1], config.rank, **options), trained),
-        "anl": ANL(config, **options).train(layer.training),
-    }
-    # Drawn here, on a blank layer, so that nothing random is left to do when it is attached.
-    blank = _blank(nn.Module)
-    nn.Module.__init__(blank)
-    _set_adapter(blank, adapter)
-    blank.reset_parameters()
-    return adapter
+    anl = ANL(config, **options).train(layer.training)
+    return {"A": nn.Parameter(A, trained), "B": nn.Parameter(B, trained), "anl": anl}
 
 
-def _set_adapter(layer: nn.Module, adapter: Mapping[str, Any]) -> None:
-    layer._parameters.update(A=adapter["A"], B=adapter["B"])
-    layer._modules["anl"] = adapter["anl"]
+@torch.no_grad()
+def _draw(A: Tensor, B: Tensor, config: AuroraConfig) -> None:
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if config.projections == "trained":
+        nn.init.zeros_(B)
+    else:
+        nn.init.orthogonal_(B)  # no zero is needed where sigma is 0
 
 
 def attach(layer: nn.Module, adapter: Mapping[str, Any]) -> None:
-    """Turn a layer into an adapted one: A, B and anl from `adapter`."""
+    """Turn a layer into an adapted one, with A, B and anl from `adapter`."""
     with unchanged_on_error(layer):
-        _set_adapter(layer, adapter)
+        layer._parameters.update(A=adapter["A"], B=adapter["B"])
+        layer._modules["anl"] = adapter["anl"]
         layer.__class__ = _adapted_class(type(layer))
 
 
 def _detach(layer: AuroraLinear) -> None:
     if type(layer) is not _adapted_class(layer.original):
-        raise ValueError(
-            f"the class of an adapted {layer.original.__name__} was changed after inject (by "
-            f"fully_shard or a parametrization, to {type(layer).__name__}): undo that first"
-        )
+        told = "by fully_shard or a parametrization; undo that first"
+        raise ValueError(f"a {type(layer).__name__} got another class after inject, {told}")
     layer.__class__ = cast(Any, layer.original)
     del layer._parameters["A"], layer._parameters["B"], layer._modules["anl"]
 
@@ -600,10 +663,10 @@ def _detach(layer: AuroraLinear) -> None:
 
 
 class Note(NamedTuple):
-    """What `inject` leaves on every module with parameters, under the attribute `_aurora`."""
+    """What `inject` leaves on every module with parameters, as its attribute `_aurora`."""
 
-    requires_grad: Mapping[str, bool]  # what each parameter required before
-    train: frozenset[str]  # which of them train beside the adapters
+    requires_grad: Mapping[str, bool] = {}  # what each parameter required before
+    train: frozenset[str] = frozenset()  # which of them train beside the adapters
 
 
 class Owned(NamedTuple):
@@ -616,20 +679,19 @@ class Owned(NamedTuple):
     @property
     def note(self) -> Note:
         """What `inject` noted on the module."""
-        note: Note = self.module.__dict__.get("_aurora", Note({}, frozenset()))
-        return note
+        return cast(Note, self.module.__dict__.get("_aurora", Note()))
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelView:
-    """One look at a model: what it is made of, as if nothing had been wrapped around its parts.
+    """One look at a model: what it is made of, whatever was wrapped around its parts.
 
     Names are the original ones, without what DataParallel, DDP, FSDP, checkpoint wrappers or
     torch.compile put into them. What stands under several names is found under each of them, an
     adapted layer under its first.
     """
 
-    modules: dict[str, nn.Module]  # the adapters' own modules left out
+    modules: dict[str, nn.Module]  # the adapters' own left out
     layers: dict[str, AuroraLinear]  # the adapted ones
     parameters: dict[str, Owned]  # all that are no adapter's
     buffers: dict[str, Owned]  # the persistent ones
@@ -639,15 +701,12 @@ class ModelView:
         """Look at a model. ValueError if it is none."""
         if not isinstance(model, nn.Module):
             raise ValueError(f"the model must be an nn.Module, got {type(model).__name__}")
-        view, seen = cls({}, {}, {}, {}), set[nn.Module]()
+        view = cls({}, {}, {}, {})
         _visit(model, "", view.modules)
         for name, module in view.modules.items():
-            own: tuple[str, ...] = ()
-            if isinstance(module, AuroraLinear):
-                own = ("A", "B")
-                if module not in seen:
-                    view.layers[name] = module
-                    seen.add(module)
+            own = ("A", "B") if isinstance(module, AuroraLinear) else ()
+            if isinstance(module, AuroraLinear) and module not in view.layers.values():
+                view.layers[name] = module
             for key, p in module._parameters.items():
                 if p is not None and key not in own:
                     view.parameters[join(name, key)] = Owned(module, key, p)
@@ -661,10 +720,8 @@ class ModelView:
         """Look at a model that has adapters. ValueError if it has none."""
         view = cls.of(model)
         if not view.layers:
-            raise ValueError(
-                f"this {type(model).__name__} has no AuroRA adapters: "
-                "never injected, or merged, or removed"
-            )
+            told = "has no AuroRA adapters: never injected, or merged, or removed"
+            raise ValueError(f"this {type(model).__name__} {told}")
         return view
 
     def adapter(self) -> dict[str, nn.Parameter]:
@@ -673,21 +730,23 @@ class ModelView:
         for name, layer in self.layers.items():
             for key, p in layer.adapter_parameters().items():
                 found[join(name, key)] = p
-        kept = {
-            n: owned.tensor for n, owned in self.parameters.items() if owned.key in owned.note.train
-        }
-        return found | kept
+        for name, owned in self.parameters.items():
+            if owned.key in owned.note.train:
+                found[name] = owned.tensor
+        return found
 
     def trained(self) -> list[nn.Parameter]:
-        """What training moves, each once: the adapter without projections that are fixed."""
-        fixed = [layer for layer in self.layers.values() if layer.config.projections == "fixed"]
-        still = {p for layer in fixed for p in (layer.A, layer.B)}
+        """What training moves, each once: the adapter, without projections that are fixed."""
+        still = set()
+        for layer in self.layers.values():
+            if layer.config.projections == "fixed":
+                still |= {layer.A, layer.B}
         return [p for p in dict.fromkeys(self.adapter().values()) if p not in still]
 
 
 def _visit(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
-    """Every module under each of its names, in order."""
-    found.setdefault(name, module)  # a wrapper goes by the name of what it wraps; see below
+    """Every module under each of its names, in order; a wrapper's name is that of its content."""
+    found.setdefault(name, module)
     around = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     for key, child in module._modules.items():
         if child is None or (key == "anl" and isinstance(module, AuroraLinear)):
@@ -714,11 +773,10 @@ def unchanged_on_error(model: nn.Module, values: Iterable[Tensor] = ()) -> Itera
     """All or nothing: if the block ends early, even by Ctrl-C, the model is as it was before.
 
     That is: every module's class and attributes, which tensors it has, and what they require.
-    What a block writes into tensors is undone for those named in `values`.
+    What a block writes into tensors is undone for those in `values`.
     """
-    classes = [(m, m.__class__) for m in model.modules()]
-    tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for m in model.modules():
+    classes, tables = [(m, m.__class__) for m in model.modules()], []
+    for m, _ in classes:
         if not isinstance(m, torch.jit.ScriptModule):  # which nobody can change
             for table in (m.__dict__, m._parameters, m._buffers, m._modules):
                 tables.append((table, dict(table)))
@@ -768,15 +826,13 @@ class Injection(NamedTuple):
     total: int
 
     def __str__(self) -> str:
-        width = max(map(len, self.layers))
-        rows = []
-        for name, layer in self.layers.items():
-            shape = f"{layer.in_features:>6} -> {layer.out_features}"
-            rows.append(f"{name:<{width}} {shape:<15} rank {layer.config.rank}")
+        width, lines = max(map(len, self.layers)), []
+        for name, m in self.layers.items():
+            shape = f"{m.in_features:>6} -> {m.out_features}"
+            lines.append(f"{name:<{width}} {shape:<15} rank {m.config.rank}")
         share = f"{self.trainable:,} of {self.total:,} parameters train"
-        return "\n".join(
-            [*rows, f"{len(rows)} layers adapted; {share} ({self.trainable / self.total:.3%})"]
-        )
+        lines.append(f"{len(lines)} layers adapted; {share} ({self.trainable / self.total:.3%})")
+        return "\n".join(lines)
 
 
 def inject(
@@ -795,8 +851,8 @@ def inject(
     Args:
         model: Any module, or a single linear layer.
         target_regex: A regex, searched in names such as "layer.0.attention.query"; or
-            "all-linear", which is every linear layer but the output head; or a predicate
-            `(name, module) -> bool`.
+            "all-linear", every linear layer but the output head; or a predicate on
+            `(name, module)`.
         rank: r, or an `AuroraConfig`.
         train: A regex of names of parameters that train beside the adapters, such as a new head.
         **options: The options of `AuroraConfig`.
@@ -805,41 +861,39 @@ def inject(
         The adapted layers, and how many parameters train. It prints as a table.
 
     Raises:
-        ValueError: For a bad option; a target that is invalid or matches nothing; a layer that is
+        ValueError: A bad option; a target that is invalid or matches nothing; a layer that is
             adapted already, that its parent never calls, or that is distributed already.
-        TypeError: If the target matches a module with weights that is not linear.
+        TypeError: The target matches a module with weights that is not linear.
 
     Example:
         >>> print(inject(model, r"(query|value)$", rank=2, train=r"^classifier"))
     """
     config, view = _configure(rank, options), ModelView.of(model)
-    _refuse_distributed(model)
     kept = _kept(view, train)
     drawn = {m: _new_adapter(m, config) for m in _targets(model, view, target_regex, kept)}
     with unchanged_on_error(model):
-        for owner in dict.fromkeys(owned.module for owned in view.parameters.values()):
-            _take_note(owner, kept)
+        for owned in view.parameters.values():
+            _take_note(owned, kept)
         for layer, adapter in drawn.items():
             attach(layer, adapter)
         trained = set(parameters(model))
         for owned in view.parameters.values():
             owned.tensor.requires_grad_(owned.tensor in trained)
     done = summary(model)
-    return done._replace(layers={n: layer for n, layer in done.layers.items() if layer in drawn})
+    return done._replace(layers={n: m for n, m in done.layers.items() if m in drawn})
 
 
-def _kept(view: ModelView, train: str | None) -> dict[tuple[nn.Module, str], str]:
-    """(module, key) -> name of the parameters that `train` matches."""
-    pattern = None if train is None else _compiled(train)
-    kept = {}
+def _kept(view: ModelView, train: str | None) -> set[tuple[nn.Module, str]]:
+    """(module, key) of the parameters that `train` matches."""
+    pattern, kept = _compiled("(?!)" if train is None else train), set()
     for name, (module, key, p) in view.parameters.items():
         if nn.parameter.is_lazy(p):
             raise ValueError(f"{name} has no shape yet: run the model once before injecting")
-        if pattern is not None and pattern.search(name):
+        if pattern.search(name):
             if not p.is_floating_point():
                 raise ValueError(f"{name} has an integer dtype and cannot train: leave it out")
-            kept[module, key] = name
-    if pattern is not None and not kept:
+            kept.add((module, key))
+    if train is not None and not kept:
         like = next(iter(view.parameters), None)
         raise ValueError(f"train={train!r} matches no parameter; their names are like {like!r}")
     return kept
@@ -852,25 +906,22 @@ def _compiled(regex: str) -> re.Pattern[str]:
         raise ValueError(f"{regex!r} is not a regular expression: {error}") from error
 
 
-def _take_note(owner: nn.Module, kept: Mapping[tuple[nn.Module, str], str]) -> None:
-    """Note what the module's parameters require now, unless an earlier inject has noted it."""
-    old: Note = owner.__dict__.get("_aurora", Note({}, frozenset()))
-    now = {key: p.requires_grad for key, p in owner._parameters.items() if p is not None}
-    train = {key for module, key in kept if module is owner}
-    owner.__dict__["_aurora"] = Note(now | dict(old.requires_grad), old.train | train)
+def _take_note(owned: Owned, kept: set[tuple[nn.Module, str]]) -> None:
+    """Note what a parameter requires now, unless an earlier inject has noted it."""
+    module, key, p = owned
+    required = {key: p.requires_grad, **owned.note.requires_grad}
+    train = owned.note.train | ({key} if (module, key) in kept else set())
+    module.__dict__["_aurora"] = Note(required, train)
 
 
 def summary(model: nn.Module) -> Injection:
     """Which layers are adapted, at which rank, and how many parameters train, at any time.
 
     Args:
-        model: A model with adapters.
+        model: A model with adapters; ValueError if it has none.
 
     Returns:
         What `inject` returned, counted anew over all adapted layers. It prints as a table.
-
-    Raises:
-        ValueError: If the model has no adapters.
     """
     view = ModelView.adapted(model)
     trainable = sum(p.numel() for p in view.trained())
@@ -885,45 +936,31 @@ def remove(model: nn.Module, only: Iterable[AuroraLinear] | None = None) -> None
         only: Adapted layers of it; all of them if None.
 
     Raises:
-        ValueError: If the model has no adapters, or an adapted layer was wrapped afterwards in a
-            way that changes its class. The model is then as it was.
+        ValueError: The model has no adapters, or an adapted layer was wrapped afterwards in a way
+            that changes its class. The model is then as it was.
     """
-    view = ModelView.adapted(model)
-    gone = list(view.layers.values()) if only is None else list(dict.fromkeys(only))
+    found = list(layers(model).values())
+    gone = found if only is None else list(dict.fromkeys(only))
     with unchanged_on_error(model):
         for layer in gone:
             _detach(layer)
-        if not set(view.layers.values()) - set(gone):
+        if set(found) <= set(gone):
+            for owned in ModelView.of(model).parameters.values():
+                now = owned.tensor.requires_grad  # of what came after inject
+                owned.tensor.requires_grad_(owned.note.requires_grad.get(owned.key, now))
             for module in model.modules():
-                note = module.__dict__.pop("_aurora", Note({}, frozenset()))
-                for key, required in note.requires_grad.items():
-                    if key in module._parameters and (p := module._parameters[key]) is not None:
-                        p.requires_grad_(required)
-
-
-class _Off(threading.local):
-    """The layers whose adapters are off in this thread, and by how many blocks."""
-
-    def __init__(self) -> None:
-        self.depth: dict[int, int] = {}
-
-
-_OFF = _Off()
+                module.__dict__.pop("_aurora", None)
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model runs without its adapters; heads that `train=` kept stay.
 
-    Blocks may nest and overlap. Like `torch.no_grad` it acts in the thread that enters it only,
-    so that others go on serving the adapted model. Under gradient checkpointing, call `backward`
-    inside the block too.
+    Blocks may nest and overlap. Like `torch.no_grad` it acts in the thread that enters it only:
+    others go on serving the adapted model. Under gradient checkpointing call `backward` inside.
 
     Args:
-        model: A model with adapters.
-
-    Raises:
-        ValueError: If the model has no adapters.
+        model: A model with adapters; ValueError if it has none.
     """
     off = list(layers(model).values())
     _shift(off, 1)
@@ -944,10 +981,7 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters for the optimizer: the adapters' and those that `train=` kept, each once.
 
     Args:
-        model: A model with adapters.
-
-    Raises:
-        ValueError: If the model has no adapters.
+        model: A model with adapters; ValueError if it has none.
     """
     return ModelView.adapted(model).trained()
 
@@ -955,22 +989,11 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 # ---- Refusals -------------------------------------------------------------------------------
 
 
-def _refuse_distributed(model: nn.Module) -> None:
-    """Adapters drawn after sharding or DDP would differ between ranks and never be synchronised."""
-    for module in model.modules():
-        sharded = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
-        flat = type(module).__name__ == "FullyShardedDataParallel"
-        if isinstance(module, nn.parallel.DistributedDataParallel) or sharded or flat:
-            raise ValueError(
-                "the model is distributed already, so that ranks would drift apart: inject first "
-                "(with one seed on all ranks), then DistributedDataParallel or fully_shard"
-            )
-
-
 def _targets(
-    model: nn.Module, view: ModelView, target: Target, kept: Mapping[Any, str]
+    model: nn.Module, view: ModelView, target: Target, kept: set[tuple[nn.Module, str]]
 ) -> list[nn.Module]:
     """The layers to adapt, each once; an error for whatever matches and cannot be adapted."""
+    _refuse_distributed(model)
     if target == "all-linear":
         return _all_linear(model, view, kept)
     if not isinstance(target, str) and not callable(target):
@@ -978,7 +1001,7 @@ def _targets(
     pattern = _compiled(target) if isinstance(target, str) else None
     found: dict[nn.Module, None] = {}
     for name, module in view.modules.items():
-        if pattern.search(name) is None if pattern else not cast(Any, target)(name, module):
+        if not (pattern.search(name) if pattern else cast(Any, target)(name, module)):
             continue
         if isinstance(module, AuroraLinear):
             raise ValueError(f"{name} is adapted already: aurora.remove(model) first")
@@ -990,50 +1013,51 @@ def _targets(
             kind = type(module).__name__
             raise TypeError(f"{target!r} matches {name}, a {kind}, which is not linear")
     if not found:
-        raise ValueError(
-            f"{target!r} matches no linear layer; the nearest are: {_near(view, target)}"
-        )
+        known = {re.sub(r"\d+", "*", n) for n, m in view.modules.items() if linear_features(m)}
+        near = ", ".join(difflib.get_close_matches(str(target), sorted(known), 5, cutoff=0.0))
+        told = f"the nearest are: {near or 'there are none'}"
+        raise ValueError(f"{target!r} matches no linear layer; {told}")
     return list(found)
 
 
-def _near(view: ModelView, target: Target) -> str:
-    plain = [name for name, m in view.modules.items() if linear_features(m)]
-    known = sorted({re.sub(r"\d+", "*", name) for name in plain})
-    close = difflib.get_close_matches(str(target), known, 5, cutoff=0.0)
-    return ", ".join(close) or "there are none"
+def _refuse_distributed(model: nn.Module) -> None:
+    """Adapters drawn after sharding or DDP would differ between ranks and never be averaged."""
+    for module in model.modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if kinds & {"DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"}:
+            raise ValueError(
+                "the model is distributed already, so that ranks would drift apart: inject first "
+                "(with one seed on all ranks), then DistributedDataParallel or fully_shard"
+            )
 
 
-def _all_linear(model: nn.Module, view: ModelView, kept: Mapping[Any, str]) -> list[nn.Module]:
+def _all_linear(
+    model: nn.Module, view: ModelView, kept: set[tuple[nn.Module, str]]
+) -> list[nn.Module]:
     """All linear layers but the output head, those that train anyway, and those never called."""
-    training = {module for module, _ in kept}
-    linear = {m: n for n, m in view.modules.items() if linear_features(m) and n}
-    free = [m for m in linear if not isinstance(m, AuroraLinear) and m not in training]
-    head = _output_head(model, view)
-    chosen = [m for m in free if m is not head and not _bypassed_by(model, m)]
+    skipped = {module for module, _ in kept} | {_output_head(model, view)}
+    chosen = []
+    for module in dict.fromkeys(view.modules.values()):
+        adaptable = linear_features(module) and not isinstance(module, AuroraLinear)
+        if adaptable and module not in skipped and not _bypassed_by(model, module):
+            chosen.append(module)
     if not chosen:
-        raise ValueError(f"'all-linear' finds no linear layer to adapt in {type(model).__name__}")
+        raise ValueError(f"'all-linear' finds no layer to adapt in this {type(model).__name__}")
     return chosen
 
 
 def _output_head(model: nn.Module, view: ModelView) -> nn.Module | None:
     """What transformers calls output embeddings, or the last linear layer outside ModuleLists."""
-    get = getattr(model, "get_output_embeddings", None)
-    if get is not None and get() is not None:
-        return cast(nn.Module, get())
-    repeated = [name for name, m in view.modules.items() if isinstance(m, nn.ModuleList)]
-    outside = [
-        m
-        for name, m in view.modules.items()
-        if linear_features(m) and not any(name.startswith(f"{part}.") for part in repeated)
-    ]
-    return outside[-1] if outside else None
+    named = getattr(model, "get_output_embeddings", lambda: None)()
+    repeated = tuple(f"{n}." for n, m in view.modules.items() if isinstance(m, nn.ModuleList))
+    linear = [n for n, m in view.modules.items() if linear_features(m)]
+    outside = [view.modules[name] for name in linear if not name.startswith(repeated)]
+    return named or (outside[-1] if outside else None)
 
 
 def _bypassed_by(model: nn.Module, layer: nn.Module) -> str | None:
     """Why a parent would never call the layer; other such parents are found by `aurora.check`."""
-    for parent in model.modules():
-        if layer not in parent._modules.values():
-            continue
+    for parent in (m for m in model.modules() if layer in m._modules.values()):
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads it by weight and bypasses its adapter"
         # PyTorch's encoder layer does call its linears, once its fused evaluation is off.
@@ -1045,7 +1069,7 @@ def _bypassed_by(model: nn.Module, layer: nn.Module) -> str | None:
 
 
 def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None:
-    """Raise ValueError for a layer that cannot be merged into.
+    """ValueError for a layer that cannot be merged into.
 
     That is a weight that is quantised, sharded, computed or tied to another module's, and a base
     that computes more than `x W^T + b`.
@@ -1055,19 +1079,18 @@ def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None
         label = join(name, "weight")
         floats = type(weight) is nn.Parameter and weight.is_floating_point()
         if not floats or weight.itemsize < 2 or weight.is_meta:
-            raise ValueError(
-                f"{label} is quantised, sharded, computed or meta; merge into a plain copy"
-            )
+            told = "is quantised, sharded, computed or meta; merge into a plain copy"
+            raise ValueError(f"{label} {told}")
         owners = [m for m in model.modules() if any(p is weight for p in m._parameters.values())]
         if len(owners) > 1:
-            raise ValueError(
-                f"{label} is tied to another module, which the merge would change; untie it first"
-            )
+            told = "is tied to another module, which the merge would change; untie it first"
+            raise ValueError(f"{label} {told}")
         if not computes_linear(layer):
-            kind = layer.original.__name__
-            raise ValueError(
-                f"{name or 'the layer'}, a {kind}, computes more than x W^T + b: a merge would differ"
+            kind, told = (
+                layer.original.__name__,
+                "computes more than x W^T + b: a merge would differ",
             )
+            raise ValueError(f"{name or 'the layer'}, a {kind}, {told}")
 
 
 @torch.no_grad()
@@ -1076,13 +1099,13 @@ def computes_linear(layer: AuroraLinear) -> bool:
 
     A subclass or a mask may do otherwise. Up to 5%, as half precision products round.
     """
-    W, bias = layer.weight, layer._parameters.get("bias")
-    x = torch.arange(1.0, 1 + layer.in_features, device=W.device).cos().to(W.dtype).unsqueeze(0)
-    W = as_stored(layer, W)
+    stored = layer.weight
+    x = torch.arange(1.0, 1 + layer.in_features, device=stored.device).cos().to(stored.dtype)
+    W = as_stored(layer, stored)
     if W.shape != (layer.out_features, layer.in_features):
         return False
-    wanted = F.linear(x, W, bias)
-    difference = layer.base(x) - wanted
+    wanted = F.linear(x, W, layer._parameters.get("bias"))
+    difference = layer.base(x.unsqueeze(0)).squeeze(0) - wanted
     return not difference.norm() > 0.05 * wanted.norm()  # NaN is another check's
 
 
@@ -1118,7 +1141,31 @@ def static_merge(model: nn.Module) -> list[str]:
         for layer, parameter in merged.items():
             layer._parameters["weight"] = parameter
         remove(model)
+        mark_merged(merged)
     return list(found)
+
+
+# A merged model holds nothing of ours, so that what this process merged is remembered here: the
+# layers' weights, and PyTorch's counts of what has been written into them.
+_MERGED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, int]] = weakref.WeakKeyDictionary()
+
+
+def mark_merged(merged: Iterable[nn.Module]) -> None:
+    """Remember that these layers' weights have adapters merged into them."""
+    for layer in merged:
+        weight = cast(Tensor, layer.weight)
+        _MERGED[layer] = weakref.ref(weight), _writes(weight)
+
+
+def is_merged(layer: nn.Module) -> bool:
+    """Whether a merge in this process made the layer's weight, and nothing has changed it since."""
+    ref, writes = _MERGED.get(layer, (None, 0))
+    weight = layer._parameters.get("weight")
+    return ref is not None and weight is not None and ref() is weight and _writes(weight) == writes
+
+
+def _writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 # ---- Less memory in training ----------------------------------------------------------------

@@ -13,18 +13,50 @@ k spline order. What each recipe brings was measured: docs/benchmarks.md.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import math
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from aurora import core
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# --- The recommended options ----------------------------------------------------------------------
+
+
+def recommended(rank: int = 2, **options: Unpack[core.Options]) -> core.AuroraConfig:
+    """The options we recommend: splines per channel on a wide grid, starting as LoRA.
+
+    Args:
+        rank: r, the width of the hidden vector.
+        **options: Options of `AuroraConfig` that shall differ.
+
+    Returns:
+        A configuration for `aurora.inject`. Train it with `aurora.parameter_groups`.
+
+    Raises:
+        ValueError: For a bad option.
+
+    Example:
+        aurora.inject(model, r"(query|value)$", aurora.recommended(rank=2))
+
+    Source: docs/benchmarks.md, where it is measured against the paper's setting and LoRA.
+    """
+    base = core.AuroraConfig(rank, spline="per-channel", grid_range=(-4.0, 4.0), init="identity")
+    return dataclasses.replace(base, **options)
+
+
 # --- The start from the gradient -----------------------------------------------------------------
+
+_Starts: TypeAlias = dict[str, list[tuple[nn.Parameter, Tensor]]]  # layer -> (parameter, value)
 
 
 @contextlib.contextmanager
@@ -79,7 +111,7 @@ def start_from_gradient(
     found = core.layers(model)
     _check_start(found, ridge, chunk)
     with _gradients_aside(model), _uncompiled():
-        starts: dict[str, _Start] = {}
+        starts: _Starts = {}
         if chunk is None:
             with _looking(found, ridge, starts):
                 yield [tuple(found)]
@@ -91,7 +123,7 @@ def start_from_gradient(
                 parts.close()
         if missing := [name for name in found if name not in starts]:
             raise ValueError(f"chunk= needs a whole `for _ in parts:`; not looked at: {missing[0]}")
-        changes = [change for name in found for change in starts[name].changes(found[name])]
+        changes = list(itertools.chain.from_iterable(starts.values()))
         with core.unchanged_on_error(model, [p for p, _ in changes]), torch.no_grad():
             for p, value in changes:
                 p.copy_(_placed(value, p))
@@ -113,11 +145,11 @@ def _check_start(found: Mapping[str, core.AuroraLinear], ridge: float, chunk: in
 
 def _fixed(layer: core.AuroraLinear) -> bool:
     """Whether the projections stay as they are set, and only the nonlinear layer trains."""
-    return layer.config.projections == "fixed"
+    return bool(layer.config.projections == "fixed")
 
 
 def _in_parts(
-    found: Mapping[str, core.AuroraLinear], size: int, ridge: float, starts: dict[str, _Start]
+    found: Mapping[str, core.AuroraLinear], size: int, ridge: float, starts: _Starts
 ) -> Generator[tuple[str, ...], None, None]:
     """Look at so many layers at a time, while the caller runs the loop once for each part."""
     names = list(found)
@@ -129,7 +161,7 @@ def _in_parts(
 
 @contextlib.contextmanager
 def _looking(
-    part: Mapping[str, core.AuroraLinear], ridge: float, starts: dict[str, _Start]
+    part: Mapping[str, core.AuroraLinear], ridge: float, starts: _Starts
 ) -> Iterator[None]:
     """Collect moments inside the block; on leaving, solve layer by layer and free each one's."""
     moments = {name: _Moments(layer) for name, layer in part.items()}
@@ -160,10 +192,7 @@ class _Moments:
     """Sums over one layer's tokens, filled on the way back: G (out, in), C (in, in), count."""
 
     def __init__(self, layer: core.AuroraLinear) -> None:
-        self.rank, self.fixed = layer.config.rank, _fixed(layer)
-        self.shape, self.device = (layer.out_features, layer.in_features), layer.A.device
-        self.dtype = core.wide_dtype(layer.A)
-        self.open, self.passes = True, 0
+        self.layer, self.open, self.passes = layer, True, 0
         self.sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def watch(
@@ -181,9 +210,10 @@ class _Moments:
     def allocate(self) -> tuple[Tensor, Tensor, Tensor]:
         """The sums, 0 before the first token."""
         if self.sums is None:
-            (n_out, n_in), where = self.shape, self.device
-            G, C = (torch.zeros(n, n_in, dtype=self.dtype, device=where) for n in (n_out, n_in))
-            self.sums = G, C, torch.zeros((), dtype=torch.int64, device=where)
+            n_out, n_in, like = self.layer.out_features, self.layer.in_features, self.layer.A
+            make: Any = {"dtype": core.wide_dtype(like), "device": like.device}
+            G, C = torch.zeros(n_out, n_in, **make), torch.zeros(n_in, n_in, **make)
+            self.sums = G, C, torch.zeros((), dtype=torch.int64, device=like.device)
         return self.sums
 
     @torch.no_grad()
@@ -194,9 +224,9 @@ class _Moments:
         G, C, count = self.allocate()
         self.passes += 1
         with core.full_precision(x):
-            delta = delta.reshape(-1, self.shape[0]).to(G)  # (T, out)
+            delta = delta.reshape(-1, len(G)).to(G)  # (T, out)
             idle = (delta == 0).all(1)  # (T,); masked, not dropped, as a GPU would have to wait
-            x = x.reshape(-1, self.shape[1]).to(G).masked_fill(idle.unsqueeze(1), 0)  # (T, in)
+            x = x.reshape(-1, len(C)).to(G).masked_fill(idle.unsqueeze(1), 0)  # (T, in)
             G.addmm_(delta.t(), x)
             C.addmm_(x.t(), x)
             count += (~idle).sum()
@@ -206,22 +236,31 @@ class _Moments:
         self.open, self.sums = False, None
 
     @torch.no_grad()
-    def solve(self, name: str, ridge: float) -> _Start:
-        """Where the layer should start. Raises ValueError if NaN or infinity was met."""
+    def solve(self, name: str, ridge: float) -> list[tuple[nn.Parameter, Tensor]]:
+        """The layer's start, as (parameter, value). Raises ValueError if NaN or infinity was met.
+
+        Rows without signal keep their draw; between fixed projections they are made uncorrelated
+        with the others, and as large.
+        """
         G, C, count = self.allocate()
         if not bool(G.isfinite().all() & C.isfinite().all()):
-            raise ValueError(
-                f"NaN or infinity in the input or gradient of {name}: smaller loss scale?"
-            )
+            cure = "if the loss is scaled, scale it less"
+            raise ValueError(f"NaN or infinity in the input or gradient of {name}; {cure}")
         C /= count.clamp(min=1).to(C)
-        wide = self.dtype
-        if max(self.shape) <= _CHEAP and C.device.type != "mps":
-            wide = torch.float64
+        narrow = max(self.layer.in_features, self.layer.out_features) <= _CHEAP
+        wide = torch.float64 if narrow and C.device.type != "mps" else C.dtype
         G, C = G.to(wide), C.to(wide)
         with core.full_precision(C):  # the block may be left under autocast
-            A, U = _regress(G, C, self.rank, ridge)
-            A = _rescaled(A, C, 1.0 if self.fixed else C.diagonal().mean() / 3)
-        return _Start(A, U, C if self.fixed and len(A) < self.rank else None)
+            mean = C.diagonal().mean()
+            A, U = _regress(G, C, self.layer.config.rank, ridge)
+            A = _rescaled(A, C, 1.0 if _fixed(self.layer) else mean / 3)
+            rest = _whole(self.layer.A).to(A)[len(A) :]  # (r - q, in)
+            if not _fixed(self.layer):
+                return [(self.layer.A, torch.cat([A, rest]))]
+            C.diagonal().add_(ridge * mean)
+            rest = _rescaled(rest - (rest @ C) @ A.t() @ A, C, 1.0)
+            B = _completed(U, _whole(self.layer.B).to(U))
+            return [(self.layer.A, torch.cat([A, rest])), (self.layer.B, B)]
 
 
 class _Look(torch.autograd.Function):
@@ -248,7 +287,7 @@ def _reduce(moments: Iterable[_Moments]) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     for moment in moments:
-        passes = torch.tensor(float(moment.passes), device=moment.device)
+        passes = torch.tensor(moment.passes, device=moment.layer.A.device)
         for total in (*moment.allocate(), passes):
             torch.distributed.all_reduce(total)
         moment.passes = int(passes)
@@ -308,31 +347,11 @@ def _rescaled(A: Tensor, C: Tensor, square: Tensor | float) -> Tensor:
     return torch.where(now > 0, A * (square / now).sqrt(), A)
 
 
-class _Start:
-    """What the look found for a layer: A (q, in) and U (out, q), q <= r; C (in, in) if needed."""
-
-    def __init__(self, A: Tensor, U: Tensor, C: Tensor | None) -> None:
-        self.A, self.U, self.C = A, U, C
-
-    @torch.no_grad()
-    def changes(self, layer: core.AuroraLinear) -> list[tuple[nn.Parameter, Tensor]]:
-        """(parameter, new value): rows without signal keep their draw."""
-        with core.full_precision(self.A):
-            return self._changes(layer)
-
-    def _changes(self, layer: core.AuroraLinear) -> list[tuple[nn.Parameter, Tensor]]:
-        q, drawn = len(self.A), _whole(layer.A).to(self.A)
-        rest = drawn[q:]
-        if self.C is not None:  # fixed: uncorrelated with what was found, and as large
-            rest = rest - (rest @ self.C) @ self.A.t() @ self.A
-            rest = _rescaled(rest, self.C, 1.0)
-        A = torch.cat([self.A, rest])  # (r, in)
-        if not _fixed(layer):
-            return [(layer.A, A)]
-        B = _whole(layer.B).to(self.U)  # (out, r)
-        Q = torch.linalg.qr(torch.cat([self.U, B[:, : B.shape[1] - q]], 1))[0]  # (out, min(out, r))
-        B = torch.cat([self.U, Q[:, q:], B[:, Q.shape[1] :]], 1)
-        return [(layer.A, A), (layer.B, B)]
+def _completed(U: Tensor, B: Tensor) -> Tensor:
+    """B (out, r) with its first columns replaced by U (out, q), the others orthonormal to them."""
+    q = U.shape[1]
+    Q = torch.linalg.qr(torch.cat([U, B[:, : B.shape[1] - q]], 1))[0]  # (out, min(out, r))
+    return torch.cat([U, Q[:, q:], B[:, Q.shape[1] :]], 1)
 
 
 def _local(p: Tensor) -> Tensor:
@@ -474,7 +493,8 @@ def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and above 0, got {value!r}")
     found = core.layers(model).values()
-    nonlinear = list(dict.fromkeys(p for layer in found for p in layer.anl.parameters()))
+    every = itertools.chain.from_iterable(layer.anl.parameters() for layer in found)
+    nonlinear = list(dict.fromkeys(every))
     others = [p for p in core.parameters(model) if p not in set(nonlinear)]
     slow: dict[str, Any] = {"params": others, "lr": lr}
     return [slow, {"params": nonlinear, "lr": factor * lr, "weight_decay": 0.0}]

@@ -38,6 +38,7 @@ from benchmarks.lab.methods import (
     groups,
     hidden_vectors,
     prepare,
+    spent,
 )
 from benchmarks.lab.records import Lines, Record
 from benchmarks.lab.report import markdown_table, picture, write_report
@@ -107,13 +108,16 @@ def read_ratings(run: Run) -> Record:
     learn, judged = folds.sides(run.side, run.texts, run.held)
     torch.manual_seed(run.seed)
     model = task.Reader(copy.deepcopy(models.encoder()[0])).eval()
-    sample = Sample(learn.inputs(128), learn.sample(64).batches(64), rating_loss)
+    steps = run.steps - spent(setting)
+    order = torch.Generator().manual_seed(run.seed)
+    first = learn.batches(folds.SIZE, order)[: spent(setting)] if spent(setting) else []
+    sample = Sample(learn.inputs(128), learn.sample(64).batches(64), rating_loss, first)
     prepare(model, setting, run.placed(ENCODER), sample)
     found: Record = {"adapter": trained(model)}
     if run.side == "diagnosis":
         found["before"] = diagnose(model, sample)
     start, rates = time.perf_counter(), groups(model, setting, run.lr)
-    how = {"steps": run.steps, "lr": run.lr, "seed": run.seed, "size": folds.SIZE}
+    how = {"steps": steps, "lr": run.lr, "seed": run.seed, "size": folds.SIZE}
     train(model, learn, groups=rates, **how)  # type: ignore[arg-type]
     found["seconds"] = time.perf_counter() - start
     if run.side == "diagnosis":
@@ -157,10 +161,12 @@ def continue_texts(run: Run) -> Record:
     torch.manual_seed(run.seed)
     model = copy.deepcopy(source)
     few = {"input_ids": learn[:16], "attention_mask": torch.ones_like(learn[:16])}
-    sample = Sample([few], learn[:64].split(8), next_token_loss)
+    steps = run.steps - spent(setting)
+    first = learn[: 8 * spent(setting)].split(8)
+    sample = Sample([few], learn[:64].split(8), next_token_loss, first)
     prepare(model, setting, run.placed(LANGUAGE_MODEL), sample)
     rates = groups(model, setting, run.lr)
-    seconds = train_language(model, learn, rates, steps=run.steps, lr=run.lr, seed=run.seed)
+    seconds = train_language(model, learn, rates, steps=steps, lr=run.lr, seed=run.seed)
     development, held = (language_losses(model, ids) for ids in judged)
     return {
         "adapter": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -225,7 +231,10 @@ def shares(layer: core.AuroraLinear, z: Tensor) -> dict[str, Tensor]:
 
 
 class Plan(NamedTuple):
-    """How much to run: steps and texts of the runs that count, and of those that only try."""
+    """How much to run: steps and texts of the runs that count, and of those that only try.
+
+    A setting whose length is not 1 trains so many times the steps.
+    """
 
     steps: int = folds.STEPS
     texts: int = folds.TEXTS
@@ -242,12 +251,14 @@ class Plan(NamedTuple):
 
     def attempt(self, name: str, lr: float, seed: int = 0) -> Run:
         """A short run on the development fold."""
-        amount = (self.try_steps, self.try_texts, self.try_held)
+        steps = self.try_steps * SETTINGS[name].length
+        amount = (steps, self.try_texts, self.try_held)
         return Run("development", name, lr, "all", seed, *amount)
 
     def develop(self, name: str, lr: float, seed: int = 0) -> Run:
         """A run of full length on the development fold."""
-        return Run("development", name, lr, "all", seed, self.steps, self.texts, self.try_held)
+        amount = (self.steps * SETTINGS[name].length, self.texts, self.try_held)
+        return Run("development", name, lr, "all", seed, *amount)
 
     def pair(self, name: str, lr: float, seed: int) -> Run:
         """Likewise, with the A that others start with."""
@@ -255,7 +266,7 @@ class Plan(NamedTuple):
 
     def judge(self, name: str, lr: float, seed: int) -> Run:
         """A run on the held-out folds."""
-        amount = (self.steps, self.texts, self.held)
+        amount = (self.steps * SETTINGS[name].length, self.texts, self.held)
         return Run("held-out", name, lr, "all", seed, *amount, "shared")
 
 
@@ -298,8 +309,13 @@ def sweeps(plan: Plan, name: str, lines: Lines) -> tuple[list[Losses], list[Run]
     length over every quarter decade choose, from there and the two rates below, as longer training
     likes lower rates; a setting that is only tried has none of these unless it is a finalist.
     """
-    short, needed = swept(lambda lr: plan.attempt(name, lr), [-12, -10, -8], 2, lines)
     setting = SETTINGS[name]
+    if setting.rate_of:
+        return [], []
+    if setting.sweep:
+        full, needed = swept(lambda lr: plan.develop(name, lr), list(setting.sweep), 1, lines)
+        return ([full, full] if full else []), needed
+    short, needed = swept(lambda lr: plan.attempt(name, lr), [-12, -10, -8], 2, lines)
     if needed or not (setting.seeds or FINALIST in setting.parts):
         return ([short] if short else []), needed
     i = max(min(short, key=short.__getitem__), LOWEST + 2)
@@ -312,9 +328,14 @@ def best_rate(losses: Losses) -> float:
     return rate(min(losses, key=losses.__getitem__))
 
 
+def chosen_rate(plan: Plan, name: str, lines: Lines) -> float | None:
+    """The rate that the runs of full length chose; None where some are missing."""
+    losses, _ = sweeps(plan, SETTINGS[name].rate_of or name, lines)
+    return best_rate(losses[1]) if len(losses) == 2 else None
+
+
 def compared(setting: Setting) -> bool:
-    """Whether it takes part in the choice of a setting: all that is tried, and what it is tried
-    against."""
+    """Whether it takes part in the choice of a setting, as all that is tried and its rivals do."""
     return not setting.seeds or PAIRED in setting.parts or AGAINST in setting.parts
 
 
@@ -336,8 +357,8 @@ def pending(plan: Plan, lines: Lines, language: bool = False) -> Iterator[Run]:
             later.append(plan.attempt(name, best_rate(found[0]))._replace(side="diagnosis"))
         if len(found) == 2 and compared(setting):
             later.append(plan.develop(name, best_rate(found[1]), 1))
-        if len(found) == 2:
-            ready[name] = best_rate(found[1])
+        if (lr := chosen_rate(plan, name, lines)) is not None:
+            ready[name] = lr
     if LORA in ready:
         paired = [name for name, row in plan.chosen().items() if PAIRED in row.parts]
         for seed in range(3):
@@ -367,10 +388,9 @@ def judged(plan: Plan, lines: Lines) -> Judged:
     """The held-out runs at the rate that the sweep chose."""
     found: Judged = {}
     for name in (name for name in SETTINGS if name in plan.chosen()):
-        losses, _ = sweeps(plan, name, lines)
-        if len(losses) < 2:
+        lr = chosen_rate(plan, name, lines)
+        if lr is None:
             continue
-        lr = best_rate(losses[1])
         for seed in range(SETTINGS[name].seeds):
             record = lines.get(plan.judge(name, lr, seed).key)
             for corpus, scores in record["corpora"].items() if record else ():
@@ -436,16 +456,16 @@ def rates_table(plan: Plan, lines: Lines, full: bool) -> str:
     """
     found: dict[str, Losses] = {}
     for name in plan.chosen():
-        losses, _ = sweeps(plan, name, lines)
-        if len(losses) > full:
-            found[name] = losses[full]
+        both, _ = sweeps(plan, name, lines)
+        if len(both) > full and (full or not SETTINGS[name].sweep):  # which has no short runs
+            found[name] = both[full]
     places = sorted(set().union(*found.values()))
     make = plan.develop if full else plan.attempt
     rows = []
     for name, losses in found.items():
         cells = [f"{losses[i]:.3f}" if i in losses else "" for i in places]
-        both = [lines.get(make(name, best_rate(losses), seed).key) for seed in range(2)]
-        rows.append([name, *cells, *_means_of_two([r for r in both if r])])
+        seeds = [lines.get(make(name, best_rate(losses), seed).key) for seed in range(2)]
+        rows.append([name, *cells, *_means_of_two([r for r in seeds if r])])
     steps = plan.steps if full else plan.try_steps
     header = [f"development loss, {steps} steps", *(f"{rate(i):g}" for i in places)]
     return markdown_table([*header, "2 seeds", "(accuracy + Pearson) / 2"], rows)

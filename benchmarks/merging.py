@@ -8,7 +8,6 @@ has its line is not run again.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
 import math
@@ -70,17 +69,14 @@ def layer_inputs(
 ) -> dict[str, Tensor]:
     """What layers read (N, d_in), float64, with or without the places where there is no token."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
+    layers = {name: core.layers(model)[name] for name in names}
     for batch in batches:
-        kept = batch["attention_mask"].bool() if not padding else ...
+        kept = ... if padding else batch["attention_mask"].bool()
 
-        def watch(name: str, _: nn.Module, x: tuple[Tensor, ...], kept: Any = kept) -> None:
-            found[name].append(x[0][kept].flatten(0, -2))
+        def look(name: str, _: nn.Module, x: Tensor, kept: Any = kept) -> None:
+            found[name].append(x[kept].flatten(0, -2))
 
-        with contextlib.ExitStack() as hooks:
-            for name in names:
-                look = functools.partial(watch, name)
-                layer = model.get_submodule(name)
-                hooks.callback(layer.register_forward_pre_hook(look).remove)
+        with core.watching(layers, look):
             model(**batch)
     return {name: torch.cat(rows).double() for name, rows in found.items()}
 
@@ -122,13 +118,13 @@ def fold(model: nn.Module, name: str, slope: Tensor, offset: Tensor) -> None:
 def merge(model: nn.Module, method: str, batches: Sequence[Any]) -> None:
     """Merge by any of MERGED."""
     if method == NO_DATA:
-        aurora.merge(model, "linear")
+        aurora.merge(model, "linear", bias=True)
     elif method == IN_TURN:
         merge_in_turn(model, batches)
     elif method == FROM_X:
         merge_from_x(model, batches)
     else:
-        aurora.merge(model, method, batches, held_out=batches[:1])
+        aurora.merge(model, method, batches, held_out=batches[:1], bias=True)
 
 
 def compare(

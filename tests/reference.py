@@ -31,7 +31,9 @@ ACTIVATIONS = {
 }
 
 
-def sigma(z, H, w, *, grid_size=5, order=3, grid_range=(-1.0, 1.0), spline="summed", activation="tanh") -> np.ndarray:
+def sigma(
+    z, H, w, *, grid_size=5, order=3, grid_range=(-1.0, 1.0), spline="summed", activation="tanh"
+) -> np.ndarray:
     """sigma(z) for z (N, r), H (r, r) or None, w (r, grid_size + order) or None."""
     act = ACTIVATIONS[activation]
     out = np.zeros_like(z, dtype=np.float64)
@@ -41,5 +43,7 @@ def sigma(z, H, w, *, grid_size=5, order=3, grid_range=(-1.0, 1.0), spline="summ
                 out[row, j] += act(sum(H[j, i] * act(point[i]) for i in range(len(point))))
             if w is not None:
                 channels = range(len(point)) if spline == "summed" else [j]
-                out[row, j] += sum(w[j] @ bases(point[i], grid_size, order, *grid_range) for i in channels)
+                out[row, j] += sum(
+                    w[j] @ bases(point[i], grid_size, order, *grid_range) for i in channels
+                )
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import random
@@ -21,7 +22,7 @@ from benchmarks import finetune
 from benchmarks.lab import baselines, data, needs, report, task, timing
 from benchmarks.lab.data import Snippet
 from benchmarks.lab.models import load_encoder
-from benchmarks.lab.needs import BenchmarkError
+from benchmarks.lab.needs import BenchmarkError, progress
 
 WORDS = [
     "good",
@@ -80,7 +81,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def test_split_is_disjoint_and_depends_on_nothing_but_the_id() -> None:
@@ -99,7 +100,8 @@ def test_split_is_disjoint_and_depends_on_nothing_but_the_id() -> None:
     ] == HELD_OUT_TO_30
 
 
-# Written down so that a change of the hash, which would make all published scores incomparable, cannot pass unseen.
+# Written down so that a change of the hash, which would make all published scores
+# incomparable, cannot pass unseen.
 HELD_OUT_TO_30: list[str] = ["5", "7", "11", "14", "15", "16", "18", "30"]
 
 
@@ -162,7 +164,7 @@ def test_without_network_the_error_names_the_way_out(
     assert not list((tmp_path / "cache").iterdir())
 
 
-# --- report, timing, task ---------------------------------------------------------------------------------------------------------
+# --- report, timing, task -------------------------------------------------------------------------
 
 
 def test_markdown_table_is_aligned() -> None:
@@ -208,7 +210,7 @@ def test_scores_of_known_outputs() -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return input_ids[:, :2].float()
 
-    # Classes: right, wrong, right, and a rating of 0 that has none. Predicted rating: twice the true one.
+    # Classes: right, wrong, right, and a rating of 0 that has none. Predicted: twice the rating.
     texts = task.Texts(
         [[1, 2], [1, -4], [-1, -2], [1, 0]], torch.tensor([1.0, -2.0, -1.0, 0.0]), pad=0
     )
@@ -224,7 +226,7 @@ def test_missing_package_is_one_sentence_with_the_command() -> None:
         needs.need("surely_not_installed.part")
 
 
-# --- baselines ------------------------------------------------------------------------------------------------------
+# --- baselines ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mixer", [False, True])
@@ -265,72 +267,136 @@ def test_a_file_of_other_names_is_refused(tmp_path: Path) -> None:
         baselines.load_trained(model, tmp_path / "a.safetensors")
 
 
-# --- finetune -------------------------------------------------------------------------------------------------------
+# --- finetune -------------------------------------------------------------------------------------
 
 
-def test_every_contender_learns_and_reloads_to_the_digit(folder: Path, table: Path) -> None:
-    task = finetune.build_task(str(folder), str(table))
-    results = {
-        c.name: finetune.run(task, c, seed=0, steps=20)
-        for c in finetune.contenders(TARGETS, 2, lr=0.02)
-    }
-    assert list(results) == ["head only", "LoRA r=2", "LoRA r=8", "AuroRA r=2"]
-    assert [r.adapter for r in results.values()] == [
-        0,
-        4 * 2 * 64,
-        4 * 8 * 64,
-        4 * (2 * 64 + 4 + 16),
-    ]
+def test_every_contender_learns_reloads_and_merges(folder: Path, table: Path) -> None:
+    task, field = (
+        finetune.build_task(str(folder), str(table)),
+        finetune.contenders(TARGETS, 2, 0.02),
+    )
+    results = {name: runs[0] for name, runs in finetune.run(task, field, [0], 20).items()}
+    names = ["head only", "LoRA r=2", "LoRA r=8", "AuroRA r=2", "AuroRA r=2 recommended"]
+    assert list(results) == names
+    ours = 4 * (2 * 64 + 4 + 16)
+    assert [r.adapter for r in results.values()] == [0, 4 * 2 * 64, 4 * 8 * 64, ours, ours]
     for result in results.values():
         assert result.head == 66
-        assert result.trained == result.reloaded
         assert result.trained.pearson > 0.3  # the words give it away
-        assert [step for step, _ in result.history.scores] == [0, 5, 10, 15, 20]
-        assert sum(result.history.losses[-5:]) < sum(result.history.losses[:5])
+        losses = result.course.losses
+        assert sum(losses[-5:]) < sum(losses[:5])
+        assert len(losses) == len(result.course.seconds) == 20
+        assert result.hits.mean().item() == pytest.approx(result.trained.accuracy)
+    assert results["head only"].merged == {}
     for name in ("LoRA r=2", "LoRA r=8"):
-        assert results[name].merged == pytest.approx(results[name].trained, abs=1e-4)
-    assert results["head only"].merged is None
-    aurora_ = results["AuroRA r=2"]
-    assert aurora_.merged is not None
-    assert aurora_.calibrated == pytest.approx(aurora_.trained, abs=0.2)
-    assert [r.calibrated for r in results.values()][:3] == [None] * 3
+        assert list(results[name].merged) == [finetune.STATIC]
+        merged = results[name].merged[finetune.STATIC]
+        assert merged == pytest.approx(results[name].trained, abs=1e-4)
+    for name in names[3:]:
+        merged = results[name].merged[finetune.CALIBRATED]
+        assert merged == pytest.approx(results[name].trained, abs=0.2)
+
+
+def test_the_recommended_contender_is_set_up_as_the_package_recommends(
+    folder: Path, table: Path
+) -> None:
+    task = finetune.build_task(str(folder), str(table))
+    ours = finetune.contenders(TARGETS, 2).recommended
+    model = task.prepared(ours, seed=0)
+    z = torch.linspace(-3.9, 3.9, 9).expand(2, -1)
+    for layer in aurora.core.layers(model).values():
+        torch.testing.assert_close(layer.anl.columns(z), z, atol=1e-5, rtol=0)
+    rates = [group["lr"] for group in ours.groups(model, 1e-3)]
+    assert rates == pytest.approx([group["lr"] for group in aurora.parameter_groups(model, 1e-3)])
+
+
+def test_a_file_that_loses_something_is_noticed(folder: Path, table: Path) -> None:
+    def forgetful(model: nn.Module, path: Path) -> None:
+        aurora.load(model, path)
+        with torch.no_grad():
+            next(iter(aurora.core.layers(model).values())).B[0, 0] += 1
+
+    task = finetune.build_task(str(folder), str(table))
+    field = [dataclasses.replace(finetune.contenders(TARGETS, 2).paper, load=forgetful)]
+    with pytest.raises(RuntimeError, match="outputs differ"):
+        finetune.run(task, field, [0], 2)
+
+
+def test_progress_counts_every_batch_that_judging_runs(folder: Path, table: Path) -> None:
+    task, field = finetune.build_task(str(folder), str(table)), finetune.contenders(TARGETS, 2)
+    courses = finetune.train_in_turn(task, field, seed=0, steps=1)
+    for contender in field:
+        with progress(label="", total=0) as bar:
+            ticked: list[int] = []
+            bar.update = lambda ticked=ticked: ticked.append(1)
+            finetune.judge(task, contender, courses[contender.name], 0, bar)
+        assert len(ticked) == finetune.ticks(task, contender)
 
 
 def test_a_seed_fixes_a_run(folder: Path, table: Path) -> None:
     task = finetune.build_task(str(folder), str(table))
-    contender = finetune.contenders(TARGETS, 2, lr=0.02)[-1]
-    first, same, other = (
-        finetune.run(task, contender, seed=seed, steps=3).history.losses for seed in (0, 0, 1)
-    )
+    field, found = [finetune.contenders(TARGETS, 2, lr=0.02).recommended], []
+    for seed in (0, 0, 1):
+        found += finetune.train_in_turn(task, field, seed, steps=3).values()
+    first, same, other = (course.losses for course in found)
     assert first == same
     assert first != other
+
+
+def made_up(hits: str, static: float, calibrated: float | None = None) -> list[finetune.Result]:
+    """A contender's result with these hits, and accuracies after the merges."""
+    known = torch.tensor([float(hit) for hit in hits])
+    trained = task.Scores(known.mean().item(), 0.5)
+    merged = {finetune.STATIC: task.Scores(static, 0.5)}
+    if calibrated is not None:
+        merged[finetune.CALIBRATED] = task.Scores(calibrated, 0.5)
+    course = finetune.Course(nn.Identity(), [1.0], [2.0 if calibrated else 1.0])
+    return [finetune.Result(100 + len(merged), 2, 1000, known, trained, merged, course)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "told"),
+    [
+        ("1" * 90 + "0" * 10, "+40.0 ± 4.9 points, clearly better"),
+        ("1" * 50 + "0" * 50, "+0.0 ± 0.0 points, no clear difference"),
+        ("1" * 10 + "0" * 90, "-40.0 ± 4.9 points, clearly worse"),
+    ],
+)
+def test_the_last_lines_say_what_the_numbers_say(ours: str, told: str) -> None:
+    field = finetune.contenders(TARGETS, 2)
+    half = "1" * 50 + "0" * 50
+    results = {
+        field.lora.name: made_up(half, 0.5),
+        field.large.name: made_up(half, 0.5),
+        field.paper.name: made_up(half, 0.25, 0.5),
+        field.recommended.name: made_up(ours, int(ours.count("1")) / 100 - 0.01, 0.995),
+    }
+    score, merge, cost = finetune.meaning(results, field)
+    assert told in score
+    assert "LoRA r=2 +0.0 (static)" in merge
+    assert "AuroRA r=2 recommended -1.0 (static)" in merge
+    assert "AuroRA r=2 -25.0 (static) and +0.0 (calibrated)" in merge
+    assert "takes 2.00 times" in cost
 
 
 def test_command_writes_table_and_picture(
     folder: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "results"
-    options = [
-        "--model",
-        folder,
-        "--data",
-        table,
-        "--max-steps",
-        3,
-        "--seeds",
-        0,
-        1,
-        "--lr",
-        0.01,
-        "--out",
-        out,
-    ]
-    assert command.main(["finetune", *map(str, options)]) == 0
+    options = ["--model", folder, "--data", table, "--max-steps", 3, "--seeds", 0, 1, "--lr", 0.01]
+    assert command.main(["finetune", *map(str, [*options, "--out", out])]) == 0
     written = (out / "finetune.md").read_text(encoding="utf-8")
     rows = [line for line in written.splitlines() if line.startswith("|")]
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert "± " in rows[-1]
-    assert rows[-1] in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert rows[-1] in told.out
+    last = told.out.splitlines()[-3:]
+    assert [line.partition(":")[0] for line in last] == ["Score", "Merge", "Cost"]
+    for line in last:
+        assert f"- {line}" in written
+    for stage in ("1 of 3", "2 of 3", "3 of 3"):
+        assert stage in told.err
     assert str(tmp_path) not in written
     assert (out / "finetune.png").read_bytes().startswith(b"\x89PNG")
 
@@ -340,9 +406,8 @@ def test_sweep_stays_on_the_training_side(folder: Path, table: Path) -> None:
         finetune.build_task(str(folder), str(table), development=d) for d in (False, True)
     )
     assert len(judge.learn.tokens) + len(judge.judge.tokens) == len(learn.learn.tokens)
-    shown = finetune.sweep(
-        judge, finetune.contenders(TARGETS, 2)[:2], [1e-3, 1e-2], steps=2
-    ).splitlines()
+    field = list(finetune.contenders(TARGETS, 2))
+    shown = finetune.sweep(judge, field[:2], [1e-3, 1e-2], steps=2).splitlines()
     assert [line.count("|") for line in shown] == [4] * 4
 
 
@@ -381,7 +446,7 @@ def test_ratings_of_one_sign_are_refused(folder: Path, tmp_path: Path) -> None:
         finetune.build_task(str(folder), str(tmp_path / "stars.tsv"))
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_command_lists_the_benchmarks() -> None:

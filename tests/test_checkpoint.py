@@ -1,38 +1,20 @@
-"""Saving and loading: everything comes back, nothing half-written, nothing executed."""
+"""Saving and loading: everything comes back, or nothing is touched."""
 
 import copy
 import json
-import os
-import pickle
-import stat
-import struct
+import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from support import disturb, everything, interrupted_at_every_line, make_model, refused, trained
 from torch import nn
 
 import aurora
 from aurora import core
 
-safetensors = pytest.importorskip("safetensors.torch")
-
-
-def make_model(seed: int = 0, width: int = 12) -> nn.Module:
-    torch.manual_seed(seed)
-    body = nn.ModuleDict({"query": nn.Linear(width, 8), "value": nn.Linear(8, 8)})
-    return nn.Sequential(body["query"], nn.Tanh(), nn.ModuleDict(body)["value"], nn.Linear(8, 3))
-
-
-def trained(seed: int = 0, train: str | None = r"3\.", **options) -> nn.Module:
-    model = make_model()
-    aurora.inject(model, r"^[02]$", train=train, **options)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in aurora.parameters(model):
-            p.copy_(torch.randn(p.shape, generator=generator))
-    return model
-
-
+DATA = Path(__file__).parent / "data"
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
 
 CONFIGS = [
@@ -97,28 +79,6 @@ def test_loading_into_a_half_precision_base_and_a_compiled_model(tmp_path):
     assert torch.equal(wrapped(X), model(X))
 
 
-def snapshot(model: nn.Module):
-    return {n: (p, p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
-
-
-def unchanged(model: nn.Module, before) -> bool:
-    now = dict(model.named_parameters())
-    same = now.keys() == before.keys()
-    return same and all(
-        now[n] is p and (p.is_meta or torch.equal(p, value)) and p.requires_grad == required
-        for n, (p, value, required) in before.items()
-    )
-
-
-def refused(model: nn.Module, path, match: str, error=ValueError) -> None:
-    before = snapshot(model)
-    with pytest.raises(error, match=match):
-        aurora.load(model, path)
-    assert unchanged(model, before)
-    noted = any("_aurora_train" in m.__dict__ for m in model.modules())
-    assert not noted or any(isinstance(m, aurora.AuroraLinear) for m in model.modules())
-
-
 def test_another_rank_names_both_and_the_way_out(tmp_path):
     aurora.save(trained(rank=4), tmp_path / "a.safetensors")
     refused(
@@ -161,77 +121,6 @@ def test_misfits_are_listed(tmp_path):
     refused(make_model(), tmp_path / "absent", "absent", FileNotFoundError)
 
 
-def rewrite(source, target, *, tensors=None, **changes) -> None:
-    with safetensors.safe_open(source, framework="pt") as file:
-        header = json.loads(file.metadata()["aurora"]) | changes
-        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    safetensors.save_file(held | (tensors or {}), target, {"aurora": json.dumps(header)})
-
-
-HOSTILE = {
-    "version": ({"version": 2}, "format version 2"),
-    "no layers": ({"layers": {}}, "names no layer"),
-    "huge rank": ({"configs": [{"rank": 10**15, "grid_range": [-1, 1]}]}, r"0\.A: shape"),
-    "huge grid": (
-        {"configs": [{"grid_size": 10**15, "grid_range": [-1, 1]}]},
-        "grid_size must be an int from 1 to 10,000",
-    ),
-    "unknown option": ({"configs": [{"code": "import os", "grid_range": [-1, 1]}]}, "code"),
-    "alpha beyond floats": (
-        {"configs": [{"alpha": 10**400, "grid_range": [-1, 1]}]},
-        "cannot be read",
-    ),
-    "unhashable option": ({"configs": [{"fixed": [], "grid_range": [-1, 1]}]}, "fixed"),
-    "index": ({"layers": {"0": [12, 8, 5]}}, "cannot be read"),
-    "not a list": ({"configs": 3}, "cannot be read"),
-    "another layer": (
-        {"layers": {"0": [12, 8, 0], "2": [8, 8, 0], "9": [1, 1, 0]}},
-        "9: missing in the model",
-    ),
-    "regex in a name": ({"layers": {".*": [12, 8, 0]}}, "missing in the model"),
-    "unnamed tensors": ({"train": []}, r"3\.bias: shape \(3,\), expected no such tensor"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_headers(tmp_path, case):
-    aurora.save(trained(), tmp_path / "a.safetensors")
-    changes, match = HOSTILE[case]
-    rewrite(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **changes)
-    refused(make_model(), tmp_path / "b.safetensors", match)
-
-
-def test_hostile_tensors_and_bytes(tmp_path):
-    path, bad = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    aurora.save(trained(), path)
-    rewrite(path, bad, tensors={"extra": torch.zeros(1)})
-    refused(make_model(), bad, "extra: shape .1,., expected no such tensor")
-    rewrite(path, bad, tensors={"0.A": torch.zeros(3, 12)})
-    refused(make_model(), bad, r"0\.A: shape \(3, 12\), expected \(2, 12\)")
-    data = path.read_bytes()
-    for size in (0, 4, 60, len(data) // 2, len(data) - 1):
-        bad.write_bytes(data[:size])
-        refused(make_model(), bad, "not a safetensors file, or a damaged one")
-    bad.write_bytes(struct.pack("<Q", 2**63) + data[8:])
-    refused(make_model(), bad, "damaged")
-    safetensors.save_file({"x": torch.zeros(1)}, bad)
-    refused(make_model(), bad, "not one that aurora.save wrote")
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-def test_a_pickle_is_never_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bomb").write_bytes(pickle.dumps(Bomb()))
-    refused(make_model(), tmp_path / "bomb", "not a safetensors file")
-    assert not (tmp_path / "exploded").exists()
-    pickle.loads((tmp_path / "bomb").read_bytes())  # the bomb is live
-    assert (tmp_path / "exploded").exists()
-
-
 def test_a_layer_that_cannot_be_injected_leaves_the_model_as_it_was(tmp_path):
     source = nn.Sequential(nn.ModuleDict({"out_proj": nn.Linear(4, 4)}), nn.Linear(4, 4))
     aurora.inject(source, r"^1$", rank=1)
@@ -239,30 +128,6 @@ def test_a_layer_that_cannot_be_injected_leaves_the_model_as_it_was(tmp_path):
     aurora.save(source, tmp_path / "a.safetensors")
     attends = nn.Sequential(nn.MultiheadAttention(4, 1), nn.Linear(4, 4))
     refused(attends, tmp_path / "a.safetensors", "bypasses its adapter")
-
-
-def test_saving_is_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "a.safetensors"
-    model = trained(0)
-    aurora.save(model, path)
-    old = path.read_bytes()
-
-    def crash(*_):
-        raise OSError("the disk is gone")
-
-    for name in ("fsync", "replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, crash)
-            with pytest.raises(OSError, match="the disk is gone"):
-                aurora.save(trained(1), path)
-        assert path.read_bytes() == old
-        assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
-    aurora.save(trained(1), path)
-    assert path.read_bytes() != old
-    if os.name == "posix":
-        plain = tmp_path / "plain"
-        plain.touch()
-        assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
 def test_what_cannot_be_saved(tmp_path):
@@ -337,22 +202,7 @@ def test_a_head_is_saved_from_whichever_part_is_asked(tmp_path):
     assert "head.weight" in aurora.adapter_state_dict(inner)
     aurora.remove(inner)
     assert all(p.requires_grad for p in inner.parameters())
-    assert not any("_aurora_train" in m.__dict__ for m in outer.modules())
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int32, torch.float8_e4m3fn])
-def test_numbers_that_are_no_ordinary_floats_are_refused_before_anything_is_written(
-    tmp_path, dtype
-):
-    path = tmp_path / "a.safetensors"
-    source = trained()
-    aurora.save(source, path)
-    with safetensors.safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    tensors["0.anl.H"] = torch.ones(2, 2).to(dtype)
-    safetensors.save_file(tensors, path, metadata)
-    for model in (make_model(), trained(seed=1)):
-        refused(model, path, "0.anl.H: torch.* cannot be an adapter's")
+    assert not any("_aurora" in m.__dict__ for m in outer.modules())
 
 
 def test_layers_that_are_one_in_the_model_are_not_loaded_as_two(tmp_path):
@@ -362,3 +212,329 @@ def test_layers_that_are_one_in_the_model_are_not_loaded_as_two(tmp_path):
     aurora.save(source, path)
     one = nn.Linear(4, 4)
     refused(nn.ModuleDict({"a": one, "b": one}), path, "b: the same layer as a")
+
+
+# ---- What comes back, and what is said ------------------------------------------------------
+
+
+def test_load_says_what_it_did(tmp_path):
+    aurora.save(trained(), tmp_path / "a.safetensors")
+    done = aurora.load(make_model(), tmp_path / "a.safetensors")
+    assert (done.layers, done.train) == (("0", "2"), ("3.weight", "3.bias"))
+    assert (done.left, done.merged) == ((), ())
+    assert str(done) == f"loaded 2 adapted layers and 2 other tensors from {tmp_path}/a.safetensors"
+
+
+def test_fixed_projections_come_back_from_the_file(tmp_path):
+    model = make_model()
+    aurora.inject(model, "^0$", init="zero", projections="fixed")
+    disturb(model)
+    aurora.save(model, tmp_path / "a.safetensors")
+    torch.manual_seed(99)
+    for fresh in (make_model(), make_model()):
+        fresh.load_state_dict(make_model().state_dict())
+        aurora.load(fresh, tmp_path / "a.safetensors")
+        assert torch.equal(fresh(X), model(X))
+        assert not fresh[0].A.requires_grad
+        assert fresh[0].anl.H.requires_grad
+
+
+def test_options_that_matter_in_training_only_may_differ(tmp_path):
+    aurora.save(trained(dropout=0.5), tmp_path / "a.safetensors")
+    model = trained(seed=1, init="zero")
+    aurora.load(model, tmp_path / "a.safetensors")
+    assert torch.equal(model(X), trained().eval()(X))
+    assert core.layers(model)["0"].config.init == "zero"
+
+
+def small() -> nn.Module:
+    """What the files of release 0.1.0 in data/ were made over."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3))
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            steps = torch.arange(1.0 + i, 1 + i + p.numel(), dtype=torch.float64)
+            p.copy_(steps.cos().view(p.shape))
+    return model.eval()
+
+
+def test_files_of_release_0_1_0_load():
+    known = json.loads((DATA / "adapter-0.1.0.json").read_text())
+    bare, injected = small(), small()
+    config = aurora.AuroraConfig(3, 5.0, spline="per-channel", init="identity")
+    aurora.inject(injected, "^0$", train="^3")
+    aurora.inject(injected, "^2$", config)
+    x = torch.arange(24.0).cos().view(4, 6)
+    for model in (bare, injected):
+        assert aurora.load(model, DATA / "adapter-0.1.0.safetensors").layers == ("0", "2")
+        outputs = torch.tensor(known["outputs"])
+        torch.testing.assert_close(model(x), outputs, rtol=1e-5, atol=1e-5)
+    assert core.layers(bare)["2"].config.dropout == 0.25
+
+
+def test_state_dicts_of_release_0_1_0_load():
+    keys = json.loads((DATA / "adapter-0.1.0.json").read_text())["state_dict"]
+    assert "0.base.weight" in keys
+    source, fresh = small(), make_model(width=6)
+    aurora.load(source, DATA / "adapter-0.1.0.safetensors")
+    now = source.state_dict()
+    old = {key: now[key.replace(".base", "")] for key in keys}
+    fresh = small()
+    aurora.load(fresh, DATA / "adapter-0.1.0.safetensors")
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.zero_()
+    assert str(fresh.load_state_dict(old)) == "<All keys matched successfully>"
+    assert all(torch.equal(t, now[name]) for name, t in fresh.state_dict().items())
+    layer = aurora.AuroraLinear(nn.Linear(6, 5), 2)  # the whole model is a layer
+    layer.load_state_dict({k.removeprefix("0."): v for k, v in old.items() if k[0] == "0"})
+    assert torch.equal(layer.weight, source[0].weight)
+
+
+def test_a_state_dict_has_the_options_and_is_checked_against_them():
+    source, state = trained(alpha=5.0), trained(alpha=5.0).state_dict()
+    assert not any("extra" in name for name in aurora.adapter_state_dict(source))
+    with pytest.raises(RuntimeError, match=r"0.anl: alpha is 5.0 in the state dict, 4.0 here"):
+        trained().load_state_dict(state)
+    trained(alpha=5.0, dropout=0.5).load_state_dict(state)
+    without = {name: t for name, t in state.items() if "_extra_state" not in name}
+    trained(alpha=5.0).load_state_dict(without)  # of 0.1.0, or of a tool that keeps floats only
+    key, plain = "0.anl._extra_state", state["0.anl._extra_state"]
+    trained(alpha=5.0).load_state_dict(state | {key: plain.float()})  # an average of equal ones
+    for odd in (torch.zeros(3), torch.tensor(1), torch.full((9,), math.inf), plain[:-1], plain + 1):
+        with pytest.raises(RuntimeError, match=r"0\.anl\._extra_state"):
+            trained(alpha=5.0).load_state_dict(state | {key: odd})
+    with torch.device("meta"):
+        assert trained(alpha=5.0).state_dict()[key].device.type == "cpu"
+
+
+def test_averages_of_models_keep_the_options():
+    model = trained()
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+    for seed in range(3):
+        disturb(model, phase=seed)
+        average.update_parameters(model)
+    fresh = trained(seed=5)
+    fresh.load_state_dict(average.module.state_dict())
+    assert torch.equal(fresh(X), average(X))
+
+
+# ---- Folders and full checkpoints -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["new/", "new/deep/", "there", "there/"])
+def test_a_folder_is_saved_into_and_loaded_from(tmp_path, name):
+    (tmp_path / "there").mkdir()
+    model, folder = trained(), f"{tmp_path}/{name}"
+    aurora.save(model, folder)
+    assert [p.name for p in Path(folder).iterdir()] == ["aurora_adapter.safetensors"]
+    done = aurora.load(fresh := make_model(), folder)
+    assert done.path == Path(folder) / "aurora_adapter.safetensors"
+    assert torch.equal(fresh(X), model(X))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_full_checkpoint_has_the_base_and_the_adapter(tmp_path, sharded):
+    model, base = trained(alpha=7.0), make_model()
+    base[3].load_state_dict(model[3].state_dict())
+    write_checkpoint(model, tmp_path, sharded)
+    state = {}
+    for file in tmp_path.glob("*.safetensors"):
+        state |= load_file(file)
+    assert {name: state[name] for name in base.state_dict()}.keys() == base.state_dict().keys()
+    fresh = make_model(seed=3)
+    missing = fresh.load_state_dict(state, strict=False).missing_keys  # what from_pretrained does
+    assert missing == []
+    assert torch.equal(fresh(X), base(X))
+    assert aurora.load(fresh, tmp_path).layers == ("0", "2")
+    assert torch.equal(fresh(X), model(X))
+    injected = trained(seed=2, alpha=7.0)
+    objects = aurora.parameters(injected)
+    done = aurora.load(injected, tmp_path)  # brings the head too, which this model keeps
+    assert done.train == ("3.weight", "3.bias")
+    assert torch.equal(injected(X), model(X))
+    assert all(a is b for a, b in zip(objects, aurora.parameters(injected), strict=True))
+    refused(trained(), tmp_path, "alpha 7.0 in the file, 4.0 in the model")
+
+
+def write_checkpoint(
+    model, folder: Path, sharded: bool = False, change=lambda state: state
+) -> None:
+    """What save_pretrained writes."""
+    state = change({name: t.contiguous() for name, t in model.state_dict().items()})
+    if not sharded:
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        return
+    names = sorted(state, key=lambda name: name[::-1])  # a layer's tensors in several files
+    places = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(names)}
+    for place in set(places.values()):
+        save_file({n: t for n, t in state.items() if places[n] == place}, folder / place)
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+def test_an_adapter_file_is_preferred_and_what_is_no_checkpoint_refused(tmp_path):
+    refused(make_model(), tmp_path, "neither aurora_adapter.safetensors nor", FileNotFoundError)
+    write_checkpoint(make_model(), tmp_path)
+    refused(make_model(), tmp_path, "aurora.save did not write it, nor has it a state dict's")
+    write_checkpoint(trained(0), tmp_path)
+    aurora.load(make_model(), tmp_path / "model.safetensors")
+    aurora.save(trained(1), tmp_path)
+    fresh = make_model()
+    aurora.load(fresh, tmp_path)
+    assert torch.equal(fresh[0].A, trained(1)[0].A)
+
+
+def test_odd_checkpoints_are_refused(tmp_path):
+    def case(match, change):
+        write_checkpoint(trained(), tmp_path, change=change)
+        refused(make_model(), tmp_path, match)
+
+    key = "0.anl._extra_state"
+    case("do not say their options", lambda s: {k: t for k, t in s.items() if "extra" not in k})
+    case("has options, but no A and B", lambda s: {k: t for k, t in s.items() if k != "0.A"})
+    case("does not hold the options", lambda s: s | {key: torch.zeros(2, 2)})
+    case("every option must be given", lambda s: s | {key: torch.tensor(list(b"{}")).byte()})
+    case(r"0.anl.H: shape missing", lambda s: {k: t for k, t in s.items() if k != "0.anl.H"})
+    case(r"0.anl.H: shape \(3, 3\)", lambda s: s | {"0.anl.H": torch.zeros(3, 3)})
+    case(r"0: 12 -> 9 in the file", lambda s: s | {"0.B": torch.zeros(9, 2)})
+    case(r"0.A: NaN or infinity", lambda s: s | {"0.A": torch.full((2, 12), math.nan)})
+    case("stands there twice", lambda s: s | {"_orig_mod.0.A": s["0.A"].clone()})
+    (tmp_path / "model.safetensors").unlink()
+    for names in ({"x": "../model.safetensors"}, {"x": 3}, {}, [], {"x": "/etc/passwd"}):
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": names}))
+        refused(make_model(), tmp_path, "outside of its folder|maps no tensors")
+    index.write_text('{"weight_map": {"x": "absent.safetensors"}}')
+    refused(make_model(), tmp_path, "absent.safetensors", FileNotFoundError)
+
+
+def test_what_the_model_does_not_have_is_left_and_listed(tmp_path):
+    model = trained(train=None)
+    write_checkpoint(model, tmp_path)
+    part = make_model()[:2]
+    done = aurora.load(part, tmp_path)
+    assert (done.layers, done.left) == (("0",), ("2",))
+    assert str(done).endswith("left in the checkpoint, not in the model:\n  2")
+    assert torch.equal(part(X), model[:2](X))
+    refused(nn.Sequential(nn.Linear(12, 9)), tmp_path, "0: 12 -> 8 in the file, 12 -> 9")
+    refused(nn.ModuleDict({"x": nn.Linear(3, 3)}), tmp_path, "its layers are not in the model")
+
+
+def test_a_checkpoint_of_a_part_is_found_in_the_whole_and_the_other_way(tmp_path):
+    model = trained(train=None)
+    write_checkpoint(model, tmp_path)
+    whole = nn.ModuleDict({"encoder": nn.ModuleDict({"model": make_model()})})
+    assert aurora.load(whole, tmp_path).layers == ("encoder.model.0", "encoder.model.2")
+    assert torch.equal(whole["encoder"]["model"](X), model(X))
+    write_checkpoint(nn.ModuleDict({"bert": model}), tmp_path)
+    fresh = make_model()
+    assert aurora.load(fresh, tmp_path).layers == ("0", "2")
+    assert torch.equal(fresh(X), model(X))
+    two = nn.ModuleDict({"a": make_model(), "b": make_model()})
+    write_checkpoint(model, tmp_path)
+    refused(two, tmp_path, "several parts of the model; load into one of: a, b")
+    write_checkpoint(torch.compile(model, backend="eager"), tmp_path)
+    assert aurora.load(torch.compile(make_model(), backend="eager"), tmp_path).left == ()
+
+
+def test_layers_that_are_one_load_from_a_checkpoint_with_one_name_or_both(tmp_path):
+    one = nn.Linear(12, 12)
+    model = nn.ModuleDict({"a": one, "b": one})
+    bare = copy.deepcopy(model)
+    aurora.inject(model, "a")
+    disturb(model)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    for drop in ("c.", "a.", "b."):
+        kept = {name: t for name, t in state.items() if not name.startswith(drop)}
+        save_file(kept, tmp_path / "model.safetensors")
+        fresh = copy.deepcopy(bare)
+        assert aurora.load(fresh, tmp_path).layers == ("a",)
+        assert torch.equal(fresh["b"](X), model["a"](X))
+    save_file(state | {"b.A": torch.zeros(2, 12)}, tmp_path / "model.safetensors")
+    refused(copy.deepcopy(bare), tmp_path, "a: one layer in the model, two in the checkpoint")
+
+
+# ---- All or nothing -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_an_interrupt_at_any_line_of_load_leaves_the_model_as_before_or_as_after(
+    tmp_path, injected
+):
+    def build(seed):
+        model = make_model()[2:]
+        if seed is not None:
+            aurora.inject(model, "^2$", train=r"^3\.bias")
+            disturb(model, phase=seed)
+        return model
+
+    path, state = tmp_path / "a.safetensors", {}
+    aurora.save(build(1), path)
+
+    def prepare():
+        model = build(0 if injected else None)
+        state["before"] = everything(model)
+        return model
+
+    def check(model, finished):
+        if everything(model) == state["before"]:
+            assert not finished
+            return
+        after = {n: (p.tolist(), p.requires_grad) for n, p in build(1).named_parameters()}
+        assert {n: (p.tolist(), p.requires_grad) for n, p in model.named_parameters()} == after
+        assert list(core.layers(model)) == ["2"]
+
+    planted = interrupted_at_every_line(prepare, lambda m: aurora.load(m, path), check)
+    assert planted > 1_000
+
+
+def test_an_interrupt_in_the_copying_leaves_the_values_as_before_or_as_after():
+    state = aurora.adapter_state_dict(trained(1))
+    after = {name: t.tolist() for name, t in state.items()}
+    before = {name: t.tolist() for name, t in aurora.adapter_state_dict(trained(0)).items()}
+
+    def check(model, finished):
+        now = {name: t.tolist() for name, t in aurora.adapter_state_dict(model).items()}
+        assert now in ([after] if finished else [before, after])
+
+    def action(model):
+        aurora.load_adapter_state_dict(model, state)
+
+    assert interrupted_at_every_line(lambda: trained(0), action, check) > 300
+
+
+@pytest.mark.parametrize("merge", [core.static_merge, aurora.merge])
+def test_loading_onto_a_merged_model_says_so(tmp_path, merge):
+    path = tmp_path / "a.safetensors"
+    aurora.save(trained(), path)
+    model = trained()
+    merge(model)
+    with pytest.warns(
+        UserWarning, match=r"adapter merged into them; this one adds to it:\n  0\n  2"
+    ):
+        done = aurora.load(model, path)
+    assert done.merged == ("0", "2")
+    assert "on top of weights that were merged before:\n  0\n  2" in str(done)
+    again = trained()
+    merge(again)
+    again.load_state_dict(make_model().state_dict())  # the base's own weights again
+    assert aurora.load(again, path).merged == ()
+
+
+def test_after_an_unmerge_nothing_is_said(tmp_path):
+    path = tmp_path / "a.safetensors"
+    aurora.save(trained(), path)
+    model = trained()
+    aurora.merge(model).unmerge()
+    assert aurora.load(model, path).merged == ()
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(tmp_path):
+    aurora.save(trained(), tmp_path / "a.safetensors")
+    model = trained()
+    core.static_merge(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.filters", [("error", None, UserWarning, None, 0)])
+        refused(model, tmp_path / "a.safetensors", "this one adds to it", UserWarning)

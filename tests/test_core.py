@@ -926,7 +926,10 @@ def test_a_head_that_was_exchanged_does_not_stop_remove():
     aurora.inject(model, "fc", train="head")
     model["head"] = nn.Identity()
     model["fc"].bias = None
+    model["later"] = nn.Linear(2, 2).requires_grad_(False)
     aurora.remove(model)
+    assert not model["later"].weight.requires_grad
+    assert all("_aurora" not in module.__dict__ for module in model.modules())
     assert model["fc"].weight.requires_grad
 
 

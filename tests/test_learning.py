@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -17,6 +19,7 @@ from benchmarks.lab.data import Snippet
 from benchmarks.lab.methods import ENCODER, Sample
 from benchmarks.lab.settings import (
     AGAINST,
+    ANL,
     FINALIST,
     INSIDE,
     LANGUAGE,
@@ -58,7 +61,7 @@ def reader(tiny) -> task.Reader:
     return task.Reader(copy.deepcopy(tiny[0])).eval()
 
 
-# --- folds -----------------------------------------------------------------------------------------------------------
+# --- folds ----------------------------------------------------------------------------------------
 
 
 def ids(side: str, count: int) -> tuple[list[str], list[str]]:
@@ -85,13 +88,27 @@ def test_a_smaller_fold_is_part_of_the_larger(tiny, monkeypatch) -> None:
     assert small < large
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_the_table_is_plain_values_whose_words_are_known() -> None:
+    for name, row in SETTINGS.items():
+        assert name == row.name
+        assert row.kind in methods.KINDS
+        assert set(row.starts) <= set(methods.STARTS)
+        assert set(row.parts) <= {FINALIST, PAIRED, AGAINST, INSIDE, LANGUAGE, settings.QUICK}
+        json.dumps(dataclasses.asdict(row))
+        if row.kind == "aurora":
+            aurora.AuroraConfig(row.rank, **row.options)
+    assert len(SETTINGS) == len(settings.JUDGED) + len(settings.TRIED)
+    assert all(row.seeds for row in settings.JUDGED)
+    assert not any(row.seeds for row in settings.TRIED)
 
 
 def ready(model, name: str, seed: int | None = None) -> None:
     """The model prepared as the setting says, with a few texts."""
     learn, _ = folds.sides("development", 25, 5)
-    sample = Sample(learn.inputs(64), learn.batches(8), rating_loss)
+    sample = Sample(learn.inputs(64), learn.batches(8), rating_loss, learn.batches(8))
     methods.prepare(model, SETTINGS[name], ENCODER._replace(seed=seed), sample)
 
 
@@ -162,7 +179,7 @@ def test_every_group_has_its_rate_and_every_parameter_one_group(tiny) -> None:
         assert len(rates) == sum(len(g["params"]) for g in groups) == len(trained)
         for n, p in trained.items():
             head = n.startswith("head.") and name != "head only"
-            fast = 10.0 if "x 10" in name or "recommended" in name else None
+            fast = 10.0 if setting.rates.get(ANL) == 10.0 else None
             if head:
                 assert rates[id(p)] == methods.HEAD_RATE
             elif fast and n.endswith("spline_weight"):
@@ -231,6 +248,52 @@ def test_peft_trains_the_same_number_as_our_lora(tiny) -> None:
     assert count[0] == count[1] > 0
 
 
+def test_a_look_gives_lora_and_aurora_the_same_start_and_head(tiny) -> None:
+    found = {}
+    for name in ("LoRA r=2", "LoRA r=2, gradient", "AuroRA r=2, gradient"):
+        model = reader(tiny)
+        ready(model, name, 0)
+        found[name] = dict(model.named_parameters())
+    plain, lora, ours = found.values()
+    heads = [n for n in plain if n.startswith("head.")]
+    rows = [n for n in lora if n.endswith(".A")]
+    assert len(rows) == 4
+    for n in rows + heads:
+        torch.testing.assert_close(lora[n], ours[n])
+        assert not torch.equal(lora[n], plain[n])
+    assert all(not p.any() for n, p in lora.items() if n.endswith(".B"))
+    assert all(p.grad is None for p in lora.values())
+    trained = [[n for n, p in some.items() if p.requires_grad] for some in (lora, plain)]
+    assert trained[0] == trained[1]
+
+
+def test_a_start_is_paid_for_with_steps(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(methods, "WARM", 2)
+    monkeypatch.setattr(methods, "LOOKED", 3)
+    monkeypatch.setattr(methods, "COSTS", {"head warmed": 2, "gradient": 3})
+    seen, steps = [], []
+    real, train = learning.rating_loss, learning.train
+    monkeypatch.setattr(learning, "rating_loss", lambda *a: seen.append(0) or real(*a))
+
+    def counted(*args, **options):
+        steps.append(options["steps"])
+        return train(*args, **options)
+
+    monkeypatch.setattr(learning, "train", counted)
+    for name in ("LoRA r=2", "LoRA r=2, gradient", "AuroRA r=32 fixed"):
+        learning.perform(Run("development", name, 1e-2, "all", 0, 8, 20, 20))
+    assert steps == [8, 3, 3]
+    assert len(seen) == 2 * 5
+
+
+def test_fixed_projections_train_the_core_alone(tiny) -> None:
+    model, found = prepared(tiny, "AuroRA r=32 fixed")
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all(n.endswith((".anl.H", ".anl.spline_weight")) or "head" in n for n in trained)
+    for z in found.values():  # on other texts than those of the look
+        assert 0.1 < z.square().mean() < 5
+
+
 def test_biases_train_where_they_are_asked_for_and_only_there(tiny) -> None:
     for name in ("LoRA r=2, biases too", "LoRA r=2"):
         model = reader(tiny)
@@ -241,7 +304,7 @@ def test_biases_train_where_they_are_asked_for_and_only_there(tiny) -> None:
         )  # query and value of two layers, and the head
 
 
-# --- one run ---------------------------------------------------------------------------------------------------------
+# --- one run --------------------------------------------------------------------------------------
 
 
 def test_a_run_repeats_to_the_digit_and_its_line_says_what_it_was(tiny) -> None:
@@ -273,7 +336,7 @@ def test_diagnosis_measures_shares_and_gradients(tiny) -> None:
     assert record["after"]["anl.H gradient"] > 0
 
 
-# --- all runs --------------------------------------------------------------------------------------------------------
+# --- all runs -------------------------------------------------------------------------------------
 
 
 def lines_of(
@@ -286,6 +349,7 @@ def lines_of(
 
 VALLEY = {-12: 2.0, -10: 1.0, -8: 2.0}  # 1e-3, 3e-3, 1e-2
 NARROW = {-12: 3.0, -11: 2.0, -10: 3.0}
+BROAD = {i: 2.0 + abs(i + 10) for i in range(-13, -6)}
 
 
 def rates(needed: list[Run]) -> list[float]:
@@ -352,9 +416,19 @@ def test_nothing_is_judged_before_its_rate_is_known_nor_twice() -> None:
 def test_settings_that_are_tried_are_never_judged_on_held_out_texts() -> None:
     lines: dict = {}
     for name in SETTINGS:
-        lines |= lines_of(VALLEY, name) | lines_of(NARROW, name, full=True)
+        lines |= lines_of(VALLEY, name) | lines_of(BROAD, name, full=True)
     held = {run.method for run in learning.pending(FEW, lines) if run.side == "held-out"}
     assert held == {name for name in SETTINGS if not name.startswith("try")}
+
+
+def test_a_longer_setting_trains_longer_and_the_others_as_they_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    longer = dataclasses.replace(SETTINGS["LoRA r=2"], name="LoRA r=2, longer", length=4)
+    monkeypatch.setitem(SETTINGS, longer.name, longer)
+    for make in (FEW.attempt, FEW.develop, FEW.judge):
+        usual, long = (make(name, 1e-3, 0) for name in ("LoRA r=2", longer.name))
+        assert long == usual._replace(method=longer.name, steps=4 * usual.steps)
 
 
 def test_the_language_model_is_asked_for() -> None:
@@ -378,7 +452,7 @@ def test_rates_are_written_as_one_would() -> None:
     assert (learning.rate(learning.LOWEST), learning.rate(learning.HIGHEST)) == (1e-5, 1e-1)
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def record(corpus: str, seed: int, hits: str, pearson: float) -> dict:
@@ -471,7 +545,7 @@ def test_the_command_goes_on_from_its_lines_and_says_when_there_are_none(tmp_pat
     assert (tmp_path / "quick" / "learning.md").is_file()
 
 
-# --- lines and processes ---------------------------------------------------------------------------------------------
+# --- lines and processes --------------------------------------------------------------------------
 
 
 def test_a_line_cut_off_by_a_crash_is_done_again(tmp_path) -> None:

@@ -97,7 +97,7 @@ def test_an_affine_sigma_is_merged_exactly(method):
     make_identity(model)
     x = batches(1, torch.float64, seed=9)[0]
     before = model(x)
-    report = merging.merge(model, method, batches(dtype=torch.float64))
+    report = merging.merge(model, method, batches(dtype=torch.float64), bias=True)
     assert all(layer.errors[method] < 1e-6 for layer in report.layers)
     torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-9)
 
@@ -107,7 +107,7 @@ def test_static_mode_is_merged_exactly_by_all(method):
     model = trained(torch.float64, mode="static")
     x = batches(1, torch.float64, seed=9)[0]
     before = model(x)
-    report = merging.merge(model, method, batches(dtype=torch.float64))
+    report = merging.merge(model, method, batches(dtype=torch.float64), bias=True)
     torch.testing.assert_close(model(x), before)
     assert all(
         layer.errors[m] == pytest.approx(0, abs=1e-7)
@@ -128,7 +128,7 @@ def test_the_static_method_is_the_papers_merge():
 def test_the_linear_method_is_the_first_order_expansion():
     model = trained(torch.float64)
     layers = {n: copy.deepcopy(layer) for n, layer in core.layers(model).items()}
-    merging.merge(model, "linear")
+    merging.merge(model, "linear", bias=True)
     for name, layer in layers.items():
         merged, width = getattr(model, name), layer.in_features
         with torch.no_grad():
@@ -382,7 +382,7 @@ def test_merge_and_unmerge(method, dtype):
     model = trained(dtype)
     before, x = state(model), batches(1, dtype, seed=4)[0]
     dynamic = model(x)
-    report = merging.merge(model, method, batches(dtype=dtype))
+    report = merging.merge(model, method, batches(dtype=dtype), bias=True)
     assert report.merged == ["first", "second", "third"]
     assert type(model.first) is type(model.second) is nn.Linear
     assert not any(isinstance(m, aurora.AuroraLinear) for m in model.modules())
@@ -392,7 +392,7 @@ def test_merge_and_unmerge(method, dtype):
     gained = {"second.bias"} if method != "static" else set()
     assert set(model.state_dict()) == set(Net(dtype).state_dict()) | gained
     with pytest.raises(ValueError, match="never injected, or merged"):
-        merging.merge(model, method, batches(dtype=dtype))
+        merging.merge(model, method, batches(dtype=dtype), bias=True)
     report.unmerge()
     assert_same(model, before)
     assert torch.equal(model(x), dynamic)
@@ -409,7 +409,7 @@ def test_calibrated_keeps_more_than_the_others():
     off = {}
     for method in merging.METHODS:
         merged = copy.deepcopy(model)
-        report = merging.merge(merged, method, batches(16))
+        report = merging.merge(merged, method, batches(16), bias=True)
         off[method] = (merged(x) - dynamic).norm().item()
         means = {m: sum(layer.errors[m] for layer in report.layers) for m in merging.METHODS}
     assert off["calibrated"] < off["linear"]
@@ -424,7 +424,7 @@ def test_bias_false_forbids_a_new_bias_and_keeps_old_ones_in_use():
     assert not any(layer.bias for layer in report.layers)
     assert not torch.equal(model.first.bias, Net().first.bias)
     gains = trained()
-    report = merging.merge(gains, "calibrated", batches())
+    report = merging.merge(gains, "calibrated", batches(), bias=True)
     assert [layer.bias for layer in report.layers] == [False, True, False]
     assert "second" in str(report)
     assert "+ bias" in str(report)
@@ -559,17 +559,31 @@ def test_a_merged_model_holds_nothing_of_ours():
 # ---- the report, and training for the merge ----
 
 
-def test_the_report_prints_and_draws(tmp_path):
+def test_the_report_prints_and_draws():
     report = merging.merge(trained(), "calibrated", batches())
     text = str(report)
     assert "3 of 3 layers merged" in text
     assert text.count("%") == 9
-    report.draw(tmp_path / "errors.png")
-    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    page = report._repr_html_()
+    assert page.count("%") == 9
+    assert "second" in page
+    axes = report.plot()
+    assert [bar.get_label() for bar in axes.containers] == list(merging.METHODS)
+    heights = [bar.get_height() for bar in axes.containers[2]]
+    assert heights == [layer.errors["calibrated"] for layer in report.layers]
     bare = merging.merge(trained())
     assert "-" in str(bare)
     with pytest.raises(ValueError, match="merge with batches"):
-        bare.draw(tmp_path / "none.png")
+        bare.plot()
+
+
+def test_a_gained_bias_is_announced_with_what_keeps_it():
+    assert "gained a bias" not in str(merging.merge(trained(), "calibrated", batches()))
+    report = merging.merge(trained(), "calibrated", batches(), bias=True)
+    assert report.gained_bias == ["second"]
+    for told in (str(report), report._repr_html_()):
+        assert "1 layers gained a bias" in told
+        assert "attention_bias=True, mlp_bias=True" in told
 
 
 def test_the_gap_is_the_squared_error_of_the_best_fit():
@@ -677,13 +691,134 @@ def altered_in_place(model):
         model.first.weight.add_(1)
 
 
-@pytest.mark.parametrize("alter", [altered_by_inject, altered_by_dtype, altered_in_place])
+def altered_past_autograd(model):
+    model.first.weight.data[0, 0] += 1e-6
+
+
+def altered_bias(model):
+    model.third.bias.data.neg_()
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [altered_by_inject, altered_by_dtype, altered_in_place, altered_past_autograd, altered_bias],
+)
 def test_unmerge_refuses_what_has_changed_since(alter):
     model = trained()
     report = aurora.merge(model)
     alter(model)
     with pytest.raises(ValueError, match="no longer as the merge left it"):
         report.unmerge()
+
+
+def altered_by_another_adapter(model):
+    aurora.inject(model.head, "", train="bias")
+
+
+def altered_by_freezing(model):
+    model.head.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("alter", [altered_by_another_adapter, altered_by_freezing])
+def test_unmerge_refuses_when_what_trains_has_changed_since(alter):
+    model = trained()
+    report = aurora.merge(model)
+    alter(model)
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="what trains has changed since the merge"):
+        report.unmerge()
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == required
+
+
+def test_a_fingerprint_sees_every_bit():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int8):
+        t = torch.arange(12).to(dtype).reshape(3, 4)
+        before = merging._fingerprint(t)
+        for byte in range(t.view(torch.uint8).numel()):
+            for bit in range(8):
+                changed = t.clone()
+                changed.view(torch.uint8).view(-1)[byte] ^= 1 << bit
+                assert merging._fingerprint(changed) != before
+        assert merging._fingerprint(t.t().contiguous().t()) == before
+
+
+def test_a_gained_bias_trains_where_its_weight_does_and_nowhere_else():
+    for trains in (True, False):
+        model = Net()
+        model.second.weight.requires_grad_(trains)
+        aurora.inject(model, TARGETS)
+        for p in aurora.parameters(model):
+            nn.init.normal_(p)
+        aurora.merge(model, "calibrated", batches(), bias=True)
+        assert model.second.bias.requires_grad == trains
+
+
+def test_calibration_does_not_see_what_it_is_judged_by():
+    given = batches(8)
+    fitted, judged = [b for i, b in enumerate(given) if i % 4 != 1], given[1::4]
+    alone = merging.merge(trained(), "calibrated", fitted, held_out=judged)
+    split = merging.merge(trained(), "calibrated", given)
+    assert [row.errors for row in split.layers] == [row.errors for row in alone.layers]
+    everything = merging.merge(trained(), "calibrated", given, held_out=judged)
+    assert everything.layers[0].errors != split.layers[0].errors
+
+
+def test_a_mask_follows_its_rows_over_several_parts():
+    model = trained(torch.float64, rank=4)  # 1,024 rows at a time
+    x = torch.randn(30, 100, 6, dtype=torch.float64)
+    mask = (torch.rand(30, 100) < 0.5).long()
+    dirty = torch.where(mask.unsqueeze(-1).bool(), x, 1e6)
+    moments = merging.collect(model, [{"x": dirty, "attention_mask": mask}])["first"]
+    alone = merging.collect(model, [x[mask.bool()]])["first"]
+    assert moments.count == alone.count == int(mask.sum())
+    torch.testing.assert_close(moments.mean, alone.mean)
+    torch.testing.assert_close(moments.scatter, alone.scatter)
+
+
+def test_directions_with_little_variance_are_fitted_too():
+    layer = aurora.AuroraLinear(nn.Linear(2, 3).double(), rank=2, alpha=2.0)
+    nn.init.normal_(layer.B)
+    z = torch.randn(400, 2, dtype=torch.float64) * torch.tensor([1.0, 1e-3])
+    y = z @ torch.tensor([[0.5, 2.0], [-1.0, 3.0]], dtype=torch.float64).t()
+    moments = Moments(6)
+    moments.add(torch.cat([z, y, torch.zeros_like(z)], 1))
+    found = fit(layer, "calibrated", moments).M  # a pseudo-inverse that cuts at 1e-3 loses one
+    wanted = torch.tensor([[0.5, 2.0], [-1.0, 3.0]], dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_fit_through_the_origin_is_the_best_there():
+    model = trained(torch.float64)
+    seen = merging.collect(model, batches(dtype=torch.float64))["second"]
+    layer, B = model.second, model.second.B.detach()
+    best = fit(layer, "calibrated", seen, constant=False)
+    assert not best.c.any()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        step = 1e-2 * torch.randn(2, 2, generator=generator, dtype=torch.float64)
+        other = Affine(best.M + step, best.K, best.c)
+        assert best.error(seen, B) < other.error(seen, B)
+
+
+def test_both_merges_are_one_where_both_apply():
+    for options in ({}, {"mode": "static"}, {"spline": "per-channel", "rank": 3}):
+        ours, papers = trained(**options), trained(**options)
+        merging.merge(ours)
+        core.static_merge(papers)
+        for name, p in ours.named_parameters():
+            torch.testing.assert_close(p, papers.get_parameter(name), rtol=1e-6, atol=1e-6)
+
+
+def test_both_merges_refuse_the_same():
+    masked = nn.Sequential(Masked(4, 4), nn.Linear(4, 4))
+    aurora.inject(masked, "0")
+    for act in (aurora.merge, core.static_merge):
+        before = state(masked)
+        with pytest.raises(ValueError, match=r"computes more than x W\^T \+ b"):
+            act(masked)
+        assert_same(masked, before)
 
 
 def test_unmerge_returns_adapters_in_the_mode_of_the_model():
@@ -699,10 +834,10 @@ def test_a_bias_gained_in_a_partial_merge_trains_again_with_its_weight():
     model = trained()
     errors = {
         row.name: row.errors["calibrated"]
-        for row in aurora.merge(copy.deepcopy(model), "calibrated", batches()).layers
+        for row in aurora.merge(copy.deepcopy(model), "calibrated", batches(), bias=True).layers
     }
     assert errors["second"] < max(errors.values())
-    report = aurora.merge(model, "calibrated", batches(), tolerance=errors["second"])
+    report = aurora.merge(model, "calibrated", batches(), tolerance=errors["second"], bias=True)
     assert report.dynamic
     assert not model.second.bias.requires_grad
     aurora.merge(model)

@@ -1,4 +1,4 @@
-"""The parameter counts of the paper's models, to the digit, on real architectures without weights."""
+"""Parameters of the paper's models, counted to the digit on real architectures without weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from benchmarks.lab.needs import BenchmarkError
 
 CASES = {case.name: case for case in parameters.CASES}
 
-# Model, its own parameters (without task head), layers adapted, AuroRA at rank 2, LoRA at the paper's rank.
+# Model, its own parameters (without task head), layers adapted, AuroRA at rank 2, LoRA at the
+# paper's rank.
 TABLE = [
     ("RoBERTa-base", 124_645_632, 24, 74_208, 294_912),
     ("RoBERTa-large", 355_359_744, 48, 197_568, 786_432),

@@ -375,6 +375,68 @@ def test_wide_layers_agree_with_narrow_ones(monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(full, start(build(rank=3)), 2e-3)
 
 
+# --- Fixed projections ---------------------------------------------------------------------------
+
+FIXED: dict[str, Any] = {"projections": "fixed", "init": "zero", "spline": "per-channel"}
+FIXED |= {"activation": "identity", "grid_range": (-4.0, 4.0)}
+
+
+def inputs_of(model: Net, x: Tensor) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+    with core.watching(core.layers(model), lambda name, _, x: seen.update({name: x.detach()})):
+        model(x)
+    return seen
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_fixed_projections_are_whitened_and_orthonormal(rank: int) -> None:
+    model = build(rank=rank, **FIXED)
+    before = model(X)
+    start(model, ridge=1e-4)
+    assert torch.equal(model(X), before)
+    seen = inputs_of(model, X)
+    for name, layer in core.layers(model).items():
+        z = seen[name] @ layer.A.t()
+        torch.testing.assert_close(z.t() @ z / len(z), torch.eye(rank), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(layer.B.t() @ layer.B, torch.eye(rank), rtol=1e-4, atol=1e-5)
+    assert not any(layer.A.requires_grad for layer in core.layers(model).values())
+
+
+@pytest.mark.parametrize("rank", [3, 9, 14, 20])
+def test_fixed_projections_beyond_the_signal_stay_in_shape(rank: int) -> None:
+    model = build(rank=rank, **FIXED)
+    with aurora.start_from_gradient(model):
+        loss(model, X[:2], Y[:2]).backward()  # two tokens: two directions with signal
+    seen = inputs_of(model, X[:2])
+    for name, layer in core.layers(model).items():
+        size = (seen[name] @ layer.A.t()).square().mean(0)
+        torch.testing.assert_close(size[:2], torch.ones(min(rank, 2)), rtol=1e-3, atol=1e-3)
+        assert size.max() < 1.01
+        assert layer.A.square().sum(1).max() < 2 / (1e-2 * seen[name].square().mean())
+        own = min(rank, layer.out_features)
+        B = layer.B[:, :own]
+        torch.testing.assert_close(B.t() @ B, torch.eye(own), rtol=1e-4, atol=1e-4)
+
+
+def test_fixed_projections_then_learn_through_sigma_alone() -> None:
+    model = start(build(rank=4, **FIXED))
+    optimizer = torch.optim.AdamW(aurora.parameter_groups(model, 1e-2))
+    still = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(value := loss(model))
+        value.backward()
+        optimizer.step()
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(torch.equal(p, still[n]) for n, p in model.named_parameters() if n in still)
+    with (
+        pytest.raises(ValueError, match="one has been trained already"),
+        aurora.start_from_gradient(model),
+    ):
+        loss(model).backward()
+
+
 # --- Roughness -----------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What training costs, as exact counts: operators, bytes kept, graph breaks, recompilations. No time is asserted."""
+"""What training costs, in exact counts: operators, bytes kept, graph breaks, recompilations."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_operators_and_bytes(name, rank):
 
 @pytest.mark.parametrize("rank", [1, 2, 8])
 def test_the_count_counts(rank):
-    """By hand: a bare linear layer, and LoRA of a rank, which keeps its hidden vector of 4 r bytes."""
+    """By hand: a bare linear layer, and LoRA, which keeps its hidden vector of 4 r bytes."""
     bare = steps.count_layer(nn.Linear(64, 64).requires_grad_(False), 64)
     assert bare == (1, 2, 0)  # addmm; mm and the accumulation into x.grad
     assert steps.count(steps.PLAIN, rank=rank).saved == 4 * rank

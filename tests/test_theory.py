@@ -76,7 +76,13 @@ def test_the_counterexample_to_proposition_2_1():
                 p.data.mul_(size)
             # Even with the best B for these features, by least squares.
             features = layer.anl(x @ layer.A.t()).detach()
-            error = (features @ torch.linalg.lstsq(features, x).solution - x).square().sum(1).mean().item()
+            error = (
+                (features @ torch.linalg.lstsq(features, x).solution - x)
+                .square()
+                .sum(1)
+                .mean()
+                .item()
+            )
             assert error >= 1 - 1e-12
 
 
@@ -113,7 +119,16 @@ def test_the_error_falls_with_the_grid_as_splines_do(order):
     y = torch.sin(5 * x @ V) @ U.t()
     errors = []
     for grid_size in (8, 16, 32):
-        layer = adapter(6, 6, 2, spline="per-channel", fixed=False, grid_size=grid_size, spline_order=order, alpha=2.0)
+        layer = adapter(
+            6,
+            6,
+            2,
+            spline="per-channel",
+            fixed=False,
+            grid_size=grid_size,
+            spline_order=order,
+            alpha=2.0,
+        )
         layer.A.data, layer.B.data = V.t().contiguous(), U
         layer.anl.spline_weight.data.zero_()
         # The output is linear in the weights: their Jacobian at any point is the matrix of the least squares problem.

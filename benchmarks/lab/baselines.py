@@ -76,6 +76,17 @@ def inject_lora(
     return names
 
 
+def ranks(model: nn.Module) -> dict[str, int]:
+    """The rank of every LoRA in the model, by the name of its layer."""
+    return {n: len(m.A) for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def unwrap(model: nn.Module) -> None:
+    """Put every LoRA's base back in its place."""
+    for name in ranks(model):
+        _put(model, name, model.get_submodule(name).base)  # type: ignore[arg-type]
+
+
 def freeze(model: nn.Module, train: str) -> None:
     """Only parameters whose name matches stay trainable."""
     for name, p in model.named_parameters():

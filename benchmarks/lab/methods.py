@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +46,7 @@ class Place(NamedTuple):
         found = [p for name, p in model.named_parameters() if name_of_A.search(name)]
         for i, A in enumerate(found):
             generator = torch.Generator().manual_seed(1000 * self.seed + i)
-            drawn = torch.rand(16, A.shape[1], generator=generator)[: A.shape[0]]
+            drawn = torch.rand(max(16, len(A)), A.shape[1], generator=generator)[: len(A)]
             A.copy_((2 * drawn - 1) / math.sqrt(A.shape[1]))  # as Kaiming-uniform(a = sqrt 5) does
 
     def trained(self, setting: Setting) -> str | None:
@@ -67,12 +66,14 @@ class Sample(NamedTuple):
     """What a start may look at.
 
     inputs: batches of keyword arguments of the model. batches: the same kind of data with what is
-    to be learnt. objective: the loss of the model on one of these.
+    to be learnt. objective: the loss of the model on one of these. first: batches of the size that
+    training takes, for starts that are paid for with steps.
     """
 
     inputs: Sequence[dict[str, Tensor]]
     batches: Sequence[Any]
     objective: Objective
+    first: Sequence[Any] = ()
 
 
 def prepare(model: nn.Module, setting: Setting, place: Place, sample: Sample) -> None:
@@ -81,6 +82,11 @@ def prepare(model: nn.Module, setting: Setting, place: Place, sample: Sample) ->
     place.share(model)
     for start in setting.starts:
         STARTS[start](model, sample)
+
+
+def spent(setting: Setting) -> int:
+    """The steps of the budget that the setting's starts use up."""
+    return sum(COSTS.get(start, 0) for start in setting.starts)
 
 
 def groups(model: nn.Module, setting: Setting, lr: float) -> list[dict[str, Any]]:
@@ -121,8 +127,8 @@ def _peft(model: nn.Module, setting: Setting, place: Place) -> None:
 
 
 def _aurora(model: nn.Module, setting: Setting, place: Place) -> None:
-    options = {"alpha": 2.0 * setting.rank, **setting.options}
-    aurora.inject(model, place.targets, setting.rank, train=place.trained(setting), **options)
+    train = place.trained(setting)
+    aurora.inject(model, place.targets, setting.rank, train=train, **setting.options)
 
 
 KINDS: Mapping[str, Callable[[nn.Module, Setting, Place], None]] = {
@@ -141,19 +147,15 @@ def hidden_vectors(
     model: nn.Module, inputs: Sequence[dict[str, Tensor]]
 ) -> dict[core.AuroraLinear, Tensor]:
     """z = A x (r, N) of every adapted layer on the tokens of the inputs, padding left out."""
-    found: dict[core.AuroraLinear, list[Tensor]] = {}
-
-    def watch(mask: Tensor, layer: nn.Module, x: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, core.AuroraLinear)
-        found[layer].append(layer.A @ x[0][mask].t())
-
-    for layer in core.layers(model).values():
-        found[layer] = []
+    layers = core.layers(model)
+    found: dict[core.AuroraLinear, list[Tensor]] = {layer: [] for layer in layers.values()}
     for batch in inputs:
-        look = functools.partial(watch, batch["attention_mask"].bool())
-        with contextlib.ExitStack() as hooks:
-            for layer in found:
-                hooks.callback(layer.register_forward_pre_hook(look).remove)
+        mask = batch["attention_mask"].bool()
+
+        def look(_: str, layer: core.AuroraLinear, x: Tensor, mask: Tensor = mask) -> None:
+            found[layer].append(layer.A @ x[mask].t())
+
+        with core.watching(layers, look):
             model(**batch)
     return {layer: torch.cat(seen, 1) for layer, seen in found.items()}
 
@@ -172,7 +174,7 @@ def fit_grid(model: nn.Module, sample: Sample) -> None:
         reach = float(sizes.double().quantile(0.999)) if few else float(sizes.max())
         anl = core.ANL(layer.config, grid_range=(-reach, reach))
         anl.load_state_dict(layer.anl.state_dict())
-        layer.config, layer.anl = anl.config, anl
+        layer.anl = anl
 
 
 @torch.no_grad()
@@ -207,10 +209,67 @@ def add_identity(model: nn.Module, _: Sample) -> None:
             p.zero_()
 
 
+WARM, LOOKED = 10, 10  # steps that the head is trained alone, and that the gradient is looked at
+
+
+def warm_head(model: nn.Module, sample: Sample) -> None:
+    """Train the head alone, as the gradient under a random one says little. It is kept."""
+    others = [
+        p for name, p in model.named_parameters() if p.requires_grad and not re.search(HEAD, name)
+    ]
+    for p in others:
+        p.requires_grad_(False)  # no backward through the encoder
+    step = _head_step(model, sample.objective)
+    for batch in sample.first[:WARM]:
+        step(batch)
+    for p in others:
+        p.requires_grad_(True)
+
+
+def look_at_gradient(model: nn.Module, sample: Sample) -> None:
+    """Let the loss choose where A starts, AuroRA's or LoRA's, while the head goes on training."""
+    ranks = baselines.ranks(model)
+    twin = model
+    if ranks:  # LoRA's start is found by AuroRA adapters in the same places
+        twin = copy.deepcopy(model)
+        baselines.unwrap(twin)
+        head = HEAD if any(re.search(HEAD, name) for name, _ in twin.named_parameters()) else None
+        aurora.inject(twin, lambda name, _: name in ranks, max(ranks.values()), train=head)
+    step = _head_step(twin, sample.objective)
+    with aurora.start_from_gradient(twin):
+        for batch in sample.first[-LOOKED:]:
+            step(batch)
+    if ranks:
+        for name, layer in core.layers(twin).items():
+            model.get_parameter(f"{name}.A").data.copy_(layer.A)
+        kept = {name: p for name, p in twin.named_parameters() if re.search(HEAD, name)}
+        for name, p in kept.items():
+            model.get_parameter(name).data.copy_(p)
+
+
+def _head_step(model: nn.Module, objective: Objective) -> Callable[[Any], None]:
+    """A function that goes forward and backward on a batch, and trains the head if there is one."""
+    head = [p for name, p in model.named_parameters() if re.search(HEAD, name)]
+    optimizer = torch.optim.AdamW(head, lr=HEAD_RATE, weight_decay=0.0) if head else None
+
+    def step(batch: Any) -> None:
+        objective(model, batch).backward()  # type: ignore[no-untyped-call]
+        if optimizer:
+            nn.utils.clip_grad_norm_(head, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+COSTS = {"head warmed": WARM, "gradient": LOOKED}  # in steps of the budget
+
 STARTS: Mapping[str, Callable[[nn.Module, Sample], None]] = {
     "identity": identity,
     "grid from data": fit_grid,
     "z normalised": normalise,
     "louder": louder,
     "linear beyond the grid": add_identity,
+    "head warmed": warm_head,
+    "gradient": look_at_gradient,
 }

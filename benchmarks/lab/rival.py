@@ -36,7 +36,7 @@ def environment() -> Path:
         return python
     venv.create(folder, with_pip=True, clear=True)
     options = ["install", "-q", "--no-deps", "--ignore-installed"]
-    command = [python, "-m", "pip", *options, PACKAGE, f"peft=={_version('peft')}"]
+    command = [str(python), "-m", "pip", *options, PACKAGE, f"peft=={_version('peft')}"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or ["?"])[-1]
@@ -60,7 +60,7 @@ class Rival:
     """Runs steps in the other environment, one at a time: `rival.ask("step", ...)`."""
 
     def __enter__(self) -> Rival:
-        command = [environment(), "-m", "benchmarks.lab.rival"]
+        command = [str(environment()), "-m", "benchmarks.lab.rival"]
         root, pipe = Path(__file__).resolve().parents[2], subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root)
         return self

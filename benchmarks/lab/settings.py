@@ -37,7 +37,12 @@ class Setting:
         rates: regex of parameter names -> factor on the learning rate; the first match counts.
         biases: whether the adapted layers' own biases train too.
         train: regex of the parameters that train beside adapters, None for the place's own.
+        length: how many times the plan's steps it trains.
         seeds: runs on the held-out folds, 0 for a setting that is only tried on development.
+        sweep: places in the grid of rates that its runs of full length start from; where it is
+            empty, short runs find them. For starts that spend a part of the budget short runs
+            would say little.
+        rate_of: the setting whose rate it takes, instead of one of its own.
         parts: what else it takes part in, of the words above.
     """
 
@@ -49,7 +54,10 @@ class Setting:
     rates: Mapping[str, float] = field(default_factory=dict)
     biases: bool = False
     train: str | None = None
+    length: int = 1
     seeds: int = 3
+    sweep: tuple[int, ...] = ()
+    rate_of: str = ""
     parts: tuple[str, ...] = ()
 
 
@@ -58,12 +66,12 @@ GRID_2 = {"spline": "per-channel", "grid_range": (-2.0, 2.0)}
 GRID_4 = {"spline": "per-channel", "grid_range": (-4.0, 4.0)}
 IDENTITY, LINEAR = ("identity",), ("linear beyond the grid",)
 FROM_DATA = ("grid from data",)
-ANL, B, W = (
-    r"\.anl\.",
-    r"\.B$",
-    r"\.spline_weight$",
-)  # H and the spline weights; B; the spline weights
+ANL = r"\.anl\."  # H and the spline weights
+B, W = r"\.B$", r"\.spline_weight$"
 FAST = {ANL: 10.0}
+LOOK = ("head warmed", "gradient")  # both are paid for with steps of the budget
+FIXED = GRID_4 | {"projections": "fixed", "init": "zero", "activation": "identity"}
+LINEAR_CORE = FIXED | {"learnable": False}
 LORA_PARTS = (PAIRED, AGAINST, LANGUAGE, QUICK)
 AURORA_PARTS = (PAIRED, INSIDE, LANGUAGE, QUICK)
 
@@ -95,6 +103,19 @@ JUDGED = (
     Setting("AuroRA r=2 without L", "aurora", 2, {"learnable": False}),
     Setting("AuroRA r=2 LeakyReLU", "aurora", 2, {"activation": "leaky_relu"}),
     Setting("AuroRA r=2 sigmoid", "aurora", 2, {"activation": "sigmoid"}),
+    Setting("LoRA r=2, gradient", "lora", 2, {}, LOOK, seeds=5, rate_of="LoRA r=2"),
+    Setting("LoRA r=8, gradient", "lora", 8, {}, LOOK, seeds=5, rate_of="LoRA r=8"),
+    Setting(
+        "AuroRA r=2, gradient",
+        "aurora",
+        2,
+        GRID_4,
+        IDENTITY + LOOK,
+        FAST,
+        seeds=5,
+        rate_of=RECOMMENDED,
+    ),
+    Setting("AuroRA r=32 fixed", "aurora", 32, FIXED, LOOK, seeds=5, sweep=(-11, -10, -9)),
 )
 
 tried = functools.partial(Setting, seeds=0)

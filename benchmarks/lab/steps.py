@@ -40,7 +40,7 @@ def adapt(name: str, model: nn.Module, targets: str, rank: int) -> nn.Module:
         baselines.inject_lora(model, targets, rank)
     else:
         spline = "per-channel" if name == CHANNEL else "summed"
-        aurora.inject(model, targets, rank, alpha=2.0 * rank, spline=spline)
+        aurora.inject(model, targets, rank, spline=spline)
     return model
 
 
@@ -76,7 +76,7 @@ def make_step(
     """
     if not width:
         return _model_step(name, rank, compiled)
-    where = {"device": device, "dtype": torch.bfloat16 if half else torch.float32}
+    where: Any = {"device": device, "dtype": torch.bfloat16 if half else torch.float32}
     model = one_layer(name, width, rank, out, **where)
     run = torch.compile(model, fullgraph=True) if compiled else model
     trained = [p for p in model.parameters() if p.requires_grad]

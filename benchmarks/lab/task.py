@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.lab.needs import BenchmarkError, progress
+from benchmarks.lab.needs import BenchmarkError
 
 
 class Reader(nn.Module):
@@ -118,21 +118,24 @@ class Scores(NamedTuple):
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, texts: Texts, size: int = 64, label: str = ""
+    model: nn.Module, texts: Texts, size: int = 64, tick: Callable[[], object] | None = None
 ) -> tuple[Tensor, Tensor]:
     """(outputs (N, 2), ratings (N,)) of all texts, float64, in a fixed order.
 
-    Equal models get equal digits. label: of a progress bar.
+    Equal models get equal digits. tick: called after every batch.
     """
-    batches = texts.batches(size)
-    bar = progress(batches, label, unit="batch")
-    outputs = torch.cat([model(b.input_ids, b.attention_mask) for b in bar]).double()
-    return outputs, torch.cat([b.ratings for b in batches]).double()
+    outputs, ratings = [], []
+    for batch in texts.batches(size):
+        outputs.append(model(batch.input_ids, batch.attention_mask))
+        ratings.append(batch.ratings)
+        if tick is not None:
+            tick()
+    return torch.cat(outputs).double(), torch.cat(ratings).double()
 
 
-def evaluate(model: nn.Module, texts: Texts, size: int = 64, label: str = "") -> Scores:
+def evaluate(model: nn.Module, texts: Texts, size: int = 64) -> Scores:
     """Scores of the model on all texts."""
-    return score(*predict(model, texts, size, label))
+    return score(*predict(model, texts, size))
 
 
 def recognised(outputs: Tensor, ratings: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.lab.needs import progress
-from benchmarks.lab.task import Batch, Scores, Texts, loss
+from benchmarks.lab.task import Batch, Texts, loss
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -76,15 +75,6 @@ def make_step(
     return step
 
 
-@dataclass
-class History:
-    """What training left behind: every step's loss, scores at some steps, seconds of all steps."""
-
-    losses: list[float] = field(default_factory=list)
-    scores: list[tuple[int, Scores]] = field(default_factory=list)
-    seconds: float = 0.0
-
-
 def train(
     model: nn.Module,
     texts: Texts,
@@ -94,42 +84,41 @@ def train(
     seed: int = 0,
     size: int = 32,
     groups: Sequence[Any] | None = None,
-    watch: Callable[[], Scores] | None = None,
-    points: int = 4,
     label: str = "",
-) -> History:
+) -> list[float]:
     """Train whatever requires a gradient, as `make_step` does.
 
     The model stays in eval mode: without dropout contenders differ in their adapters only, and a
     step costs less.
 
     Args:
-        model, texts: a Reader and what it learns from.
-        steps, lr, seed, size: `size` texts a step, drawn by the seed.
+        model: a Reader.
+        texts: what it learns from.
+        steps: of training.
+        lr: the rate of a group that has none.
+        seed: draws the texts of each step.
+        size: texts a step.
         groups: the optimizer's parameter groups, if not all train at the rate `lr`.
-        watch: called before the first step and then `points` times at equal distances; its scores
-            and time are kept apart.
         label: of the progress bar, which only shows with one.
+
+    Returns:
+        The loss of every step.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     step = make_step(model.eval(), trained if groups is None else groups, lr, steps)
-    generator, history = torch.Generator().manual_seed(seed), History()
-    queue: list[Batch] = []
-    marks = [steps * i // points for i in range(points)] if watch else []
-    with progress(label=label, total=steps, unit="step") as bar:
-        for i in range(steps):
-            if watch is not None and i in marks:
-                history.scores.append((i, watch()))
-            queue = queue or texts.batches(size, generator)
-            start = time.perf_counter()
-            history.losses.append(step(queue.pop()))
-            history.seconds += time.perf_counter() - start
-            recent = statistics.fmean(history.losses[-20:])
-            bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
-            bar.update()
-    if watch is not None:
-        history.scores.append((steps, watch()))
-    return history
+    losses: list[float] = []
+    bar = progress(range(steps), label, unit="step")
+    for _, batch in zip(bar, endless(texts, size, seed), strict=False):
+        losses.append(step(batch))
+        bar.set_postfix(loss=f"{statistics.fmean(losses[-20:]):.3f}", refresh=False)
+    return losses
+
+
+def endless(texts: Texts, size: int, seed: int) -> Iterator[Batch]:
+    """Batches of `size` texts for ever, every pass over all of them in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from reversed(texts.batches(size, generator))
 
 
 def train_language(

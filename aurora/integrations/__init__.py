@@ -1,0 +1,1 @@
+"""What other libraries need to work with our adapters; each module imports its friend."""

@@ -1,0 +1,143 @@
+"""What several test files share: interrupts at every line, and deterministic values."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import nn
+
+import aurora
+
+T = TypeVar("T")
+_PACKAGE = str(Path(aurora.__file__).parent)
+
+
+class _Interrupt:
+    """Raises at the n-th line that runs in a file of the package; never if n is -1."""
+
+    def __init__(self, n: int, error: type[BaseException]) -> None:
+        self.n, self.error, self.lines = n, error, 0
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(_PACKAGE):
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines - 1 == self.n:
+                raise self.error(f"line {frame.f_lineno} of {frame.f_code.co_filename}")
+        return self
+
+    def during(self, action: Callable[[T], object], subject: T) -> bool:
+        """Run `action(subject)`; whether it ended by our error."""
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            action(subject)
+        except self.error:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+
+def interrupted_at_every_line(
+    prepare: Callable[[], T],
+    action: Callable[[T], object],
+    check: Callable[[T, bool], object],
+    *,
+    error: type[BaseException] = KeyboardInterrupt,
+) -> int:
+    """Plant an exception at every line event in aurora/ while `action` runs, one run for each.
+
+    For every line that runs (again, if it runs again), `prepare()` makes a fresh subject,
+    `action(subject)` is interrupted at that line, and `check(subject, False)` must find it whole,
+    as before or as after. A last, undisturbed run ends with `check(subject, True)`, so that a
+    check cannot pass because nothing ever happens.
+
+        def check(model, finished):
+            assert describe(model) in ([after] if finished else [before, after])
+
+        count = interrupted_at_every_line(make_model, lambda m: aurora.inject(m, "0"), check)
+
+    Args:
+        prepare: Makes what is acted on. Not interrupted.
+        action: What is interrupted. It must run the same lines on every fresh subject, apart from
+            what is cached for good at the first call.
+        check: Asserts; gets the subject, and whether the action went through undisturbed.
+        error: What is raised.
+
+    Returns:
+        How many interrupts were planted.
+    """
+    for _ in range(2):  # what is cached at the first call is cached now
+        subject = prepare()
+        trace = _Interrupt(-1, error)
+        assert not trace.during(action, subject)
+    check(subject, True)
+    assert trace.lines > 0, "the action runs no line of aurora/"
+    for n in range(trace.lines):
+        subject = prepare()
+        planted = _Interrupt(n, error)
+        assert planted.during(action, subject), f"line event {n} was not reached"
+        check(subject, False)
+    return trace.lines
+
+
+def everything(model: nn.Module) -> list[Any]:
+    """All of a model's state that a failing call must leave alone, for comparison by ==.
+
+    Every module's identity, class, attributes, tables and training flag; every tensor's identity,
+    values and requires_grad.
+    """
+    found: list[Any] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        tables = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+        other = {k: repr(v) for k, v in module.__dict__.items() if k not in tables}
+        found.append((name, id(module), module.__class__, other))
+        found.append([(key, id(m)) for key, m in module._modules.items()])
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                found.append((name, key))
+            else:
+                values = None if tensor.is_meta else tensor.detach().double().flatten().tolist()
+                found.append((name, key, id(tensor), tensor.requires_grad, repr(values)))
+    return found
+
+
+@torch.no_grad()
+def disturb(model: nn.Module, scale: float = 0.3, phase: float = 0.0) -> None:
+    """Give everything that trains values that are the same with every release of PyTorch."""
+    for i, p in enumerate(aurora.parameters(model)):
+        steps = torch.arange(2.0 + i, 2 + i + p.numel(), dtype=torch.float64, device=p.device)
+        p.copy_(scale * (steps + phase).sin().view(p.shape))
+
+
+# ---- A small model, trained, saved and refused ----------------------------------------------
+
+
+def make_model(seed: int = 0, width: int = 12) -> nn.Module:
+    """Two layers to adapt, "0" and "2", and a head, "3"."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3))
+
+
+def trained(seed: int = 0, train: str | None = r"3\.", **options: Any) -> nn.Module:
+    """The small model with adapters, and values that differ by seed."""
+    model = make_model()
+    aurora.inject(model, r"^[02]$", train=train, **options)
+    disturb(model, scale=0.9, phase=10.0 * seed)
+    return model
+
+
+def refused(model: nn.Module, path: Any, match: str, error: type[Exception] = ValueError) -> None:
+    """`load` raises, and the model is as it was."""
+    before = everything(model)
+    with pytest.raises(error, match=match):
+        aurora.load(model, path)
+    assert everything(model) == before
