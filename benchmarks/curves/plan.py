@@ -44,8 +44,12 @@ RATINGS: tuple[Who, ...] = (
 )
 
 
-def plan() -> Iterator[Run]:
-    """All runs."""
+def plan(quick: bool = False) -> Iterator[Run]:
+    """All runs, or a few short ones."""
+    if quick:
+        for method, place in (SWAP[0], SWAP[2], SWAP[4]):
+            yield Run("swap", "motors", method, place, 256, draws=2, steps=300)
+        return
     for examples in (16, 64, 256):
         for world in ("products to movies", "movies to tweets"):
             for method, place in RATINGS:

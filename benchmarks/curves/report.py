@@ -46,6 +46,27 @@ THEMES: dict[tuple[str, str], Theme] = {
         "The same arm with sound motors; the velocities are read by sensors of gamma 1/2.",
         ("AuroRA r=4", "front"),
     ),
+    ("tones", "coffee"): Theme(
+        "A tone curve over a photograph",
+        "A tanh network (128-128-128-3, fixed random Fourier features of the place) has learned a "
+        "photograph, scikit-image's `coffee`. Then the luminance goes along a tone curve, and the "
+        "differences between the channels stay. Examples are pixels.",
+        ("AuroRA r=2", "back"),
+    ),
+    ("ratings", "products to movies"): Theme(
+        "Ratings of products, then of movies",
+        "A linear head on all-MiniLM-L6-v2 has learned people's ratings of product reviews, and "
+        "then rates snippets on movies. Nothing is imposed. There is one number to bend, the "
+        "head's output, so that everybody is told where to look.",
+        ("AuroRA r=1", "back"),
+        1.0,
+    ),
+    ("ratings", "movies to tweets"): Theme(
+        "Ratings of movies, then of tweets",
+        "Likewise.",
+        ("AuroRA r=1", "back"),
+        1.0,
+    ),
 }
 
 Row = tuple[str, str]  # method, place
@@ -169,7 +190,8 @@ READING = (
     "Rates, weight decay and penalties are chosen for each draw by a fifth of its examples, then "
     "the choice trains on all of them. Leads are of paired differences. `front` and `back` are "
     "identity layers before and behind the model, in which an adapter bends what goes in or comes "
-    "out. Every change is imposed on real physics or real photographs."
+    "out. The physics, the photograph and the texts are real; the change is imposed but in the "
+    "ratings."
 )
 
 
@@ -179,7 +201,8 @@ def report(out: Path, lines: Sequence[Record]) -> Path:
     for key, theme in THEMES.items():
         if key in groups:
             before = next(iter(next(iter(groups[key].values())).values()))["before"]
-            parts += [f"## {theme.title}", f"{theme.told} Before adapting the error is {before:.3f}."]
+            told = f"{theme.told} Before adapting the error is {before:.3f}."
+            parts += [f"## {theme.title}", told]
             parts += [table(groups[key], theme.unit)]
             parts += ["\n".join(findings(groups[key], theme.ours))]
     draw(out / "curves.png", groups)

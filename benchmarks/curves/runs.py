@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.curves.chain import Task
 from benchmarks.curves.contenders import CONTENDERS, PLACES, Choice, Situation
 from benchmarks.curves.stack import Pace, Stack
-from benchmarks.curves.chain import Task
 from benchmarks.curves.tasks import find
 from benchmarks.lab import records
 from benchmarks.lab.records import Record
@@ -104,8 +103,3 @@ def train(run: Run, task: Task, x: Tensor, y: Tensor, choices: Sequence[Choice])
     size = 32 if run.examples <= 512 else 64
     pace = Pace(run.steps, size, rates, decay, weights, method.factors)
     return Stack(models).train(x, y, pace)
-
-
-def mean_and_error(errors: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error."""
-    return statistics.fmean(errors), statistics.stdev(errors) / len(errors) ** 0.5

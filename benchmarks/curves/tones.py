@@ -9,7 +9,7 @@ photographs are real; the curve is imposed. Examples are pixels.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.curves.chain import Task, chain, fit
 from benchmarks.curves.kept import kept
