@@ -231,7 +231,8 @@ def warp(knows: bool) -> Callable[[Situation], nn.Module]:
 # --- All by name ----------------------------------------------------------------------------------
 
 ROUGH, SIZE, STIFF = (3e-4, 3e-3), (1e-3, 3e-3), (3e-2, 3e-1, 3.0)
-OURS = grid(rate=(0.05,), rough=ROUGH, size=SIZE, turn=(0, 1))
+TURNS = (0, 1, 2, 3)
+OURS = grid(rate=(0.05,), rough=ROUGH, size=(1e-3,), turn=TURNS)
 OURS_NOISY = grid(rate=(0.05,), rough=STIFF, size=(1e-2, 1e-1))
 LINEAR = grid(rate=(0.003, 0.01, 0.03), decay=(0.0, 0.1))
 FULL = grid(rate=(3e-4, 1e-3, 3e-3), decay=(0.0, 0.3))
@@ -267,9 +268,9 @@ PAPER: dict[str, Any] = {"spline": "summed", "init": "paper", "fixed": True}
 PAPER |= {"grid_size": 5, "grid_range": (-1.0, 1.0)}
 CONTENDERS |= {
     "AuroRA r=4, drawn": ours(4, start=False),
-    "AuroRA r=4, no penalty": ours(4, grid(rate=(0.02, 0.05), turn=(0, 1))),
-    "AuroRA r=4, roughness only": ours(4, grid(rate=(0.05,), rough=ROUGH, turn=(0, 1))),
-    "AuroRA r=4, size only": ours(4, grid(rate=(0.05,), size=SIZE, turn=(0, 1))),
+    "AuroRA r=4, no penalty": ours(4, grid(rate=(0.02, 0.05), turn=TURNS)),
+    "AuroRA r=4, roughness only": ours(4, grid(rate=(0.05,), rough=ROUGH, turn=TURNS)),
+    "AuroRA r=4, size only": ours(4, grid(rate=(0.05,), size=SIZE, turn=TURNS)),
     "AuroRA r=4, one start": ours(4, grid(rate=(0.05,), rough=ROUGH, size=SIZE)),
     "AuroRA r=4, with F": ours(4, fixed=True),
     "AuroRA r=2, the paper's": Contender(adapt(2, start=False, **PAPER), LINEAR),

@@ -33,6 +33,17 @@ TONES: tuple[Who, ...] = (
 )
 
 
+MANY = {"AuroRA r=4": 10, "warp, every input": 10, "warp, told": 10}  # draws: near each other
+PARTS = (
+    "AuroRA r=4, one start",
+    "AuroRA r=4, no penalty",
+    "AuroRA r=4, roughness only",
+    "AuroRA r=4, size only",
+    "AuroRA r=4, drawn",
+    "AuroRA r=4, with F",
+    "AuroRA r=2",
+    "AuroRA r=2, the paper's",
+)
 RATINGS: tuple[Who, ...] = (
     ("AuroRA r=1", "back"),
     ("AuroRA r=1", "last"),
@@ -50,16 +61,24 @@ def plan(quick: bool = False) -> Iterator[Run]:
         for method, place in (SWAP[0], SWAP[2], SWAP[4]):
             yield Run("swap", "motors", method, place, 256, draws=2, steps=300)
         return
-    for examples in (16, 64, 256):
-        for world in ("products to movies", "movies to tweets"):
-            for method, place in RATINGS:
-                yield Run("ratings", world, method, place, examples, draws=10)
     for examples in (256, 1024, 64):
         for method, place in SWAP[:7]:
-            yield Run("swap", "motors", method, place, examples)
+            yield Run("swap", "motors", method, place, examples, draws=MANY.get(method, 5))
         for method, place in SWAP[:7]:
             yield Run("swap", "differential", method, place, examples)
         for method, place in TONES:
             yield Run("tones", "coffee", method, place, examples)
+    for examples in (16, 64, 256):
+        for world in ("products to movies", "movies to tweets"):
+            for method, place in RATINGS:
+                yield Run("ratings", world, method, place, examples, draws=10)
     for method, place in SWAP[7:]:
         yield Run("swap", "motors", method, place, 256)
+    for method in PARTS:
+        yield Run("swap", "differential", method, "front", 256)
+    for examples in (32, 4096):
+        for method, place in SWAP[:5]:
+            yield Run("swap", "motors", method, place, examples, draws=MANY.get(method, 5))
+    for examples in (256, 1024):
+        for method, place in SWAP[:5]:
+            yield Run("swap", "sensors", method, place, examples)

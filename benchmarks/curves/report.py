@@ -131,9 +131,9 @@ def duels(group: Mapping[Row, Errors], ours: Row) -> list[Duel]:
             continue
         for examples, record in sorted(theirs.items()):
             if (own := group.get(ours, {}).get(examples)) is not None:
-                pairs = zip(record["errors"], own["errors"], strict=True)
+                pairs = list(zip(record["errors"], own["errors"], strict=False))  # of both
                 mean, error = estimate([theirs - ours for theirs, ours in pairs])
-                ratio = estimate(record["errors"])[0] / estimate(own["errors"])[0]
+                ratio = 1 + mean / statistics.fmean(ours for _, ours in pairs)
                 found.append(Duel(method, place, examples, ratio, mean / max(error, 1e-12)))
     return found
 

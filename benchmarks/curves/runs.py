@@ -45,30 +45,32 @@ class Run(NamedTuple):
 
 
 def perform(run: Run) -> Record:
-    """Choose by a held-out fifth, train that choice on all examples, and judge.
+    """Choose by a held-out fifth, go on from that choice with all examples, and judge.
 
     The record has the test error of every draw, what each chose, and the number trained.
     """
     begin, task = time.perf_counter(), find(run.task, run.world)
     method = CONTENDERS[run.method]
+    choices = (run.task == "ratings" and method.noisy) or method.choices
     x, y = draw(task, run.examples, run.draws)  # (draws, n, d)
     held = max(1, run.examples // HELD)
-    choices = (run.task == "ratings" and method.noisy) or method.choices
-    every = [choice for _ in range(run.draws) for choice in choices]
+    every = list(choices) * run.draws
     owner = torch.arange(run.draws).repeat_interleave(len(choices))
-    stack = train(run, task, x[owner, held:], y[owner, held:], every)
+    stack = prepare(run, task, x[owner, held:], y[owner, held:], every)
+    stack.train(x[owner, held:], y[owner, held:], pace(run, every))
     scores = stack.errors(x[owner, :held], y[owner, :held]).view(run.draws, -1)
     best = scores.argmin(1).tolist()
+    # A model that starts afresh may end elsewhere; one that goes on stays where it was judged.
+    stack.pick([len(choices) * i + best[i] for i in range(run.draws)])
     chosen = [choices[i] for i in best]
-    final = train(run, task, x, y, chosen)
-    errors = final.errors(*task.test).tolist()
+    stack.train(x, y, pace(run, chosen))
     return {
         "run": run.key,
         **run._asdict(),
-        "errors": errors,
+        "errors": stack.errors(*task.test).tolist(),
         "held_out": scores.min(1).values.tolist(),
         "chosen": [list(choice) for choice in chosen],
-        "trained": sum(p[0].numel() for p in final.trained.values()),
+        "trained": sum(p[0].numel() for p in stack.trained.values()),
         "before": before(task),
         "seconds": time.perf_counter() - begin,
     }
@@ -90,16 +92,20 @@ def draw(task: Task, count: int, draws: int) -> tuple[Tensor, Tensor]:
     return torch.stack([x[r] for r in rows]), torch.stack([y[r] for r in rows])
 
 
-def train(run: Run, task: Task, x: Tensor, y: Tensor, choices: Sequence[Choice]) -> Stack:
-    """Prepare and train a model for every choice, on x (K, n, d_in) and y (K, n, d_out)."""
+def prepare(run: Run, task: Task, x: Tensor, y: Tensor, choices: Sequence[Choice]) -> Stack:
+    """A model for every choice, which may look at its examples x (K, n, d_in), y (K, n, d_out)."""
     method, models = CONTENDERS[run.method], []
     for one_x, one_y, choice in zip(x, y, choices, strict=True):
         torch.manual_seed(len(models))
         model = copy.deepcopy(task.base)
         at = Situation(model, PLACES[run.place], one_x, one_y, task.read, task.write, choice)
         models.append(method.objective(method.prepare(at)))
+    return Stack(models)
+
+
+def pace(run: Run, choices: Sequence[Choice]) -> Pace:
+    """How models of these choices train."""
     weights = torch.tensor([[choice.rough, choice.size] for choice in choices])
-    rates, decay = (torch.tensor([c[i] for c in choices]) for i in (0, 1))
+    rates, decay = (torch.tensor([choice[i] for choice in choices]) for i in (0, 1))
     size = 32 if run.examples <= 512 else 64
-    pace = Pace(run.steps, size, rates, decay, weights, method.factors)
-    return Stack(models).train(x, y, pace)
+    return Pace(run.steps, size, rates, decay, weights, CONTENDERS[run.method].factors)

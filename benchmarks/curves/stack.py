@@ -91,6 +91,11 @@ class Stack:
         self.trained = {name: p.detach() for name, p in moving.items()}
         return self
 
+    def pick(self, models: Sequence[int]) -> Stack:
+        """Of these models, as they are now, a stack. Returns itself."""
+        self.trained = {name: p[list(models)] for name, p in self.trained.items()}
+        return self
+
     @torch.no_grad()
     def errors(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean squared error of every model (K,), on data of its own (K, n, d) or on all of (n, d).

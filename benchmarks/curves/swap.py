@@ -47,6 +47,7 @@ def collect(world: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     difference of the torques, as through a differential gear; "sensors": velocities are read by
     compressing sensors; "" for the world that the base model knows.
     """
+    need("mujoco")  # which Gymnasium imports by itself, but does not ask for
     arm = need("gymnasium").make("Reacher-v5")
     draw, axes = np.random.default_rng(seed), AXES.get(world)
     inputs, changes = [], []
