@@ -25,8 +25,6 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from aurora import core
-
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -123,7 +121,7 @@ def read_header(file: BinaryIO) -> Contents:
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
     if length > size - 8:
         raise ValueError("it ends within its header")
-    found = core.strict_json(file.read(length))
+    found = strict_json(file.read(length))
     metadata = found.pop("__metadata__", {}) if isinstance(found, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its header is no table")
@@ -246,3 +244,21 @@ def _remove_leftovers(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _DAY:
                 left.unlink()
+
+
+def strict_json(text: bytes | str) -> Any:
+    """Read JSON in UTF-8. ValueError also for a key that stands there twice, NaN and infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key of the JSON stands there twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    text = text if isinstance(text, str) else text.decode()
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error

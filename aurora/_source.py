@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 
 from aurora import core
-from aurora._file import Contents, Entry, digest_holds, read_header, read_tensor, shown
-from aurora._header import Header, first_names, kept
+from aurora._file import (
+    Contents,
+    Entry,
+    digest_holds,
+    read_header,
+    read_tensor,
+    shown,
+    strict_json,
+)
+from aurora._header import Header, first_names, kept, options_of
 
 FILE = "aurora_adapter.safetensors"
 _WHOLE = ("model", "diffusion_pytorch_model")
@@ -116,7 +124,7 @@ _PICKLED = {
 def _shards(index: Path) -> list[Path]:
     """The files of a checkpoint that is spread over several."""
     with _blame(index):
-        found = core.strict_json(index.read_bytes())
+        found = strict_json(index.read_bytes())
         names = found.get("weight_map") if isinstance(found, dict) else None
         if not isinstance(names, dict) or not names:
             raise ValueError("it maps no tensors to files")
@@ -157,7 +165,7 @@ class _Checkpoint:
                 A, B = (self.places.get(core.join(layer, key)) for key in ("A", "B"))
                 if A is None or B is None or len(A[1].shape) != 2 or len(B[1].shape) != 2:
                     raise ValueError(f"{shown(layer)}: it has options, but no A and B")
-                config = core.options_of(self.read(name))
+                config = options_of(self.read(name))
                 found[layer] = (A[1].shape[1], B[1].shape[0], config)
         if not found and any(name.endswith("anl.spline_weight") for name in self.places):
             way = "inject with the options they were trained with, then model.load_state_dict"
