@@ -158,7 +158,7 @@ class Near:
         for i, piece in enumerate(pieces):
             found = flat[i * self.step :].gather(0, self.places)
             value = self.polynomial(piece)
-            total = total.addcmul_(found, value) if i else found * value
+            total = torch.addcmul(total, found, value) if i else found * value
         return total.view(self.shape)
 
 
