@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -44,7 +45,7 @@ def read(path: Path, view: core.ModelView) -> Source:
     if len(files) == 1:
         with _opened(files[0]) as (file, contents):
             if "aurora" in contents.metadata:
-                return _own(files[0], file, contents)
+                return _own(files[0], file)
     with _blame(path):
         return _from_checkpoint(path, _Checkpoint(files), view)
 
@@ -73,11 +74,13 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Contents]]:
         yield file, contents
 
 
-def _own(path: Path, file: BinaryIO, contents: Contents) -> Source:
+def _own(path: Path, file: BinaryIO) -> Source:
     """Read a file that `aurora.save` wrote. Those of version 1 have no digest."""
     with _blame(path):
         file.seek(0)
-        holds = digest_holds(file.read())
+        data = file.read()  # once, so that what is checked is what is read
+        file, holds = io.BytesIO(data), digest_holds(data)
+        contents = read_header(file)
         if holds is False:
             raise ValueError("it was damaged or changed since it was saved: its digest is another")
         header = Header.from_json(contents.metadata["aurora"])
