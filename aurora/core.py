@@ -28,7 +28,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -252,7 +252,8 @@ class Grid(NamedTuple):
 
     centers: Tensor  # (n, 1, 1, 1)
     reach: Tensor  # (I, 1, 1)
-    binomials: Tensor  # (1, I)
+    binomials: Tensor  # (I, 1, 1)
+    repeated: Tensor  # (I r,), each binomial once for every channel
     one: Tensor  # ()
 
     @classmethod
@@ -262,9 +263,11 @@ class Grid(NamedTuple):
         make = functools.partial(torch.tensor, dtype=dtype, device=device)
         first = c.grid_range[0] * c.cells_per_unit + (1 - k) / 2
         centers = make([first + g for g in range(c.grid_size + k)])
-        binomials = make([[(-1) ** i * math.comb(k + 1, i) / math.factorial(k) for i in terms]])
+        binomials = make([(-1) ** i * math.comb(k + 1, i) / math.factorial(k) for i in terms])
         reach = make([(k + 1) / 2 - i for i in terms])
-        return cls(centers.view(-1, 1, 1, 1), reach.view(-1, 1, 1), binomials, make(1.0))
+        binomials, reach = binomials.view(-1, 1, 1), reach.view(-1, 1, 1)
+        repeated = binomials.flatten().repeat_interleave(c.rank)
+        return cls(centers.view(-1, 1, 1, 1), reach, binomials, repeated, make(1.0))
 
 
 def sigma(
@@ -279,27 +282,39 @@ def sigma(
     out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
     if w is None:
         return scale * out
-    distance = torch.sub(grid.centers, z, alpha=config.cells_per_unit).abs()  # (n, 1, r, N)
-    powers = F.relu(grid.reach - distance) ** config.spline_order  # (n, I, r, N)
-    bumps = (w.reshape(-1, 1) @ grid.binomials).view(len(w), -1)  # (r, nI)
-    if config.spline == "summed":  # every spline reads all channels: add up their powers first
-        powers = powers.sum(2).flatten(0, 1)  # (nI, N)
-        return torch.addmm(out, bumps, powers, beta=scale, alpha=scale)
-    powers = powers.flatten(0, 1).transpose(0, 1)  # (r, nI, N): one product a channel
-    out, bumps = out.unsqueeze(1), bumps.unsqueeze(1)  # (r, 1, N), (r, 1, nI)
-    return torch.baddbmm(out, bumps, powers, beta=scale, alpha=scale).squeeze(1)
+    distance = torch.sub(grid.centers, z, alpha=config.cells_per_unit).abs_()  # (n, 1, r, N)
+    terms = (grid.reach - distance).relu_() ** config.spline_order  # (n, I, r, N)
+    terms.mul_(grid.binomials)
+    if config.spline == "summed":  # every spline reads all channels: add up their bumps first
+        totals = terms.sum((1, 2))  # (n, N)
+        return torch.addmm(out, w, totals, beta=scale, alpha=scale)
+    bumps = terms.sum(1).transpose(0, 1)  # (r, n, N): one product a channel
+    out = torch.baddbmm(out.unsqueeze(1), w.unsqueeze(1), bumps, beta=scale, alpha=scale)
+    return out.squeeze(1)  # from (r, 1, N)
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the nonlinear arithmetic: float64 if any tensor is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+
+
+def as_dtype(t: Any, dtype: torch.dtype) -> Any:
+    """The tensor in a dtype, None as None. To ask PyTorch takes a microsecond, this does not."""
+    return t if t is None or t.dtype == dtype else t.to(dtype)
+
+
+def is_autocast_on(kind: str) -> bool:
+    """Whether autocast is on for a type of device; False where there is no autocast."""
+    try:
+        return torch.is_autocast_enabled(kind)
+    except RuntimeError:  # the meta device, for one; to ask first breaks the graph of old compilers
+        return False
 
 
 def full_precision(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast off: inside the ANL every matrix is r wide, and half precision saves nothing."""
     kind = like.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if is_autocast_on(kind) else contextlib.nullcontext()
 
 
 # ---- The adaptive nonlinear layer -----------------------------------------------------------
@@ -344,24 +359,28 @@ class ANL(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Put H and the spline weights at the start that `config.init` names."""
+        if self.config.init == "identity":
+            return self.start_as_identity()
+        draw = self.config.init == "paper"
+        if self.H is not None:
+            nn.init.xavier_normal_(self.H) if draw else nn.init.zeros_(self.H)
+        if self.spline_weight is not None:
+            reach = 0.1 if draw else 0.0
+            nn.init.uniform_(self.spline_weight, -reach, reach)
+
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Set H and the spline weights so that sigma(z) = z on the grid, as in LoRA."""
         c, H, w = self.config, self.H, self.spline_weight
-        if c.init == "paper":
-            if H is not None:
-                nn.init.xavier_normal_(H)
-            if w is not None:
-                nn.init.uniform_(w, -0.1, 0.1)
-            return
         for p in self.parameters():
             p.zero_()
-        if c.init == "identity" and _starts_linear(c):
-            cast(Tensor, H).fill_diagonal_(1.0)
-        elif c.init == "identity":  # weight g at its knot average: the straight line (theory, 6)
-            places = torch.arange(c.grid_size + c.spline_order) - (c.spline_order - 1) / 2  # (n,)
-            constant = (
-                _ACTIVATIONS[c.activation](torch.zeros(())) if c.fixed else 0.0
-            )  # F, as H = 0
-            line = c.grid_range[0] + places / c.cells_per_unit - constant
-            cast(Tensor, w).copy_(line.expand(c.rank, -1))
+        if H is not None and c.activation == "identity":
+            H.fill_diagonal_(1.0)
+        elif w is not None:  # weight g at its knot average: the straight line (docs/theory.md, 6)
+            places = torch.arange(w.shape[1], dtype=torch.float64, device="cpu")  # (n,)
+            places -= (c.spline_order - 1) / 2
+            constant = 0.0 if H is None else _ACTIVATIONS[c.activation](torch.zeros(()))  # F, H = 0
+            w.copy_((c.grid_range[0] + places / c.cells_per_unit - constant).expand(c.rank, -1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ANL:
         # The grid is a constant, not state: no buffer, so that there is nothing to load, and
@@ -399,24 +418,27 @@ class ANL(nn.Module):
                     args[-1].append(f"{where}: {name} is {theirs} in the state dict, {ours} here")
         super()._load_from_state_dict(state, prefix, *args)
 
-    def forward(self, z: Tensor, scale: float = 1.0) -> Tensor:
-        """`scale * sigma(z)` for z (..., r). ValueError for another width or integers."""
-        if z.shape[-1:] != (self.config.rank,) or not z.is_floating_point():
-            wanted = f"an ANL of rank {self.config.rank} wants floats (..., {self.config.rank})"
+    def forward(self, z: Tensor, scale: float = 1.0, columns: bool = False) -> Tensor:
+        """`scale * sigma(z)` for z (..., r), or (r, N) if columns. ValueError for other input."""
+        r = self.config.rank
+        if z.shape[0 if columns else -1 :][:1] != (r,) or not z.is_floating_point():
+            wanted = f"an ANL of rank {r} wants floats (..., {r})"
             raise ValueError(f"{wanted}, got {z.dtype} of shape {tuple(z.shape)}")
-        columns = z.reshape(-1, self.config.rank).t().contiguous()  # (r, N)
-        return self.columns(columns, scale).t().reshape(z.shape)
+        if columns:
+            return self.columns(z, scale)
+        return self.columns(z.reshape(-1, r).t().contiguous(), scale).t().reshape(z.shape)
 
     def columns(self, z: Tensor, scale: float = 1.0) -> Tensor:
         """`scale * sigma` of every column of z (r, N) -> (r, N)."""
-        dtype, grid = wide_dtype(z, self.grid.one), self.grid
-        if grid.one.device != z.device or grid.one.dtype != dtype:  # assigned, or a wider input
+        if is_autocast_on(z.device.type):
+            with torch.autocast(z.device.type, enabled=False):
+                return self.columns(z, scale)
+        grid, dtype = self.grid, wide_dtype(z, self.grid.one)
+        if grid.one.dtype != dtype or grid.one.device != z.device:  # a wider input, or assigned
             grid = Grid.of(self.config, dtype, z.device)
-        H = None if self.H is None else self.H.to(dtype)
-        w = None if self.spline_weight is None else self.spline_weight.to(dtype)
-        with full_precision(z):
-            out = self.evaluate(z.to(dtype), H, w, grid, self.config, scale)  # (r, N)
-            return out.to(z.dtype)
+        H, w = as_dtype(self.H, dtype), as_dtype(self.spline_weight, dtype)
+        out = self.evaluate(as_dtype(z, dtype), H, w, grid, self.config, scale)  # (r, N)
+        return cast(Tensor, as_dtype(out, z.dtype))
 
     def extra_repr(self) -> str:
         """The options in a line, as `print(model)` shows them."""
@@ -540,18 +562,23 @@ class AuroraLinear(nn.Module):
 
         The products with A and B run in the dtypes of x and out, sigma in float32 or wider.
         """
-        x = F.dropout(x, self.config.dropout, self.training)
-        if self.config.mode == "static":
-            down = self.anl(self.A.t(), self.scaling).t()  # (r, in_features)
-            y = F.linear(x, down.to(x.dtype)).reshape(-1, self.config.rank)  # (N, r)
+        A, B, anl = self.A, self.B, self.anl
+        c = anl.config
+        if c.dropout:
+            x = F.dropout(x, c.dropout, self.training)
+        x = x.reshape(-1, A.shape[1])  # (N, in_features)
+        if c.mode == "static":
+            down = anl(A, c.scaling, columns=True)  # (r, in_features)
+            y = F.linear(x, as_dtype(down, x.dtype))  # (N, r)
         else:
-            z = F.linear(x, self.A.to(x.dtype)).reshape(-1, self.config.rank)  # (N, r)
-            y = self.anl(z, self.scaling)  # (N, r)
-        # One pass over the output, where product, scaling and sum would take three. A contiguous
-        # transpose of B makes the narrow products of the backward several times faster on a CPU.
-        up = self.B.t().to(out.dtype).contiguous()  # (r, out_features)
-        flat = out.reshape(-1, self.out_features)  # (N, out_features)
-        return torch.addmm(flat, y.to(out.dtype), up).view_as(out)
+            z = as_dtype(A, x.dtype) @ x.t()  # (r, N): long rows, which sigma likes
+            y = anl(z, c.scaling, columns=True).t()  # (N, r)
+        up = as_dtype(B, out.dtype).t()  # (r, out_features)
+        if torch.is_grad_enabled():  # the narrow products of the backward are several times faster
+            up = up.contiguous()
+        # One pass over the output, where product, scaling and sum would take three.
+        flat = out.reshape(-1, B.shape[0])  # (N, out_features)
+        return torch.addmm(flat, as_dtype(y, out.dtype), up).view_as(out)
 
     def static_update(self) -> Tensor:
         """`s B sigma(A)`, (out_features, in_features), sigma on each column of A, in float32+."""
@@ -772,15 +799,15 @@ def layers(model: nn.Module) -> dict[str, AuroraLinear]:
 def unchanged_on_error(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterator[None]:
     """All or nothing: if the block ends early, even by Ctrl-C, the model is as it was before.
 
-    That is: every module's class and attributes, which tensors it has, and what they require.
-    What a block writes into tensors is undone for those in `values`.
+    That is: every module's class, attributes and hooks, which tensors it has, what they require,
+    and their gradients. What a block writes into tensors is undone for those in `values`.
     """
     classes, tables = [(m, m.__class__) for m in model.modules()], []
     for m, _ in classes:
         if not isinstance(m, torch.jit.ScriptModule):  # which nobody can change
-            for table in (m.__dict__, m._parameters, m._buffers, m._modules):
-                tables.append((table, dict(table)))
-    required = [(p, p.requires_grad) for p in model.parameters()]
+            parts = [m.__dict__, *(t for t in m.__dict__.values() if isinstance(t, dict))]
+            tables += [(table, dict(table)) for table in parts]
+    required = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     saved = [(t, t.detach().clone()) for t in values]
     try:
         yield
@@ -790,8 +817,9 @@ def unchanged_on_error(model: nn.Module, values: Iterable[Tensor] = ()) -> Itera
         for table, content in tables:
             table.clear()
             table.update(content)
-        for p, needed in required:
+        for p, needed, grad in required:
             p.requires_grad_(needed)
+            p.grad = grad
         for tensor, value in saved:
             tensor.detach().copy_(value)
         raise
@@ -1168,10 +1196,16 @@ def _writes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-# ---- Less memory in training ----------------------------------------------------------------
+# ---- Less memory and time -------------------------------------------------------------------
 #
-# Delete from here on, and only memory grows: autograd then keeps every step of `sigma`, 286 bytes
-# a token at rank 2, where the backward below keeps z, 16 bytes with what is made from it.
+# Delete from here on, and only memory and time grow. Autograd keeps every step of `sigma`, 286
+# bytes a token at rank 2, where `_Sigma` keeps z, 16 bytes with what is made from it. And `sigma`
+# evaluates all n bumps. That is right for few points, and for a compiler, which fuses the steps.
+# But only k + 1 bumps are not zero at a point; `_Near` finds them, so that many points and fine
+# grids cost less, and takes the points in blocks that fit into a processor's cache.
+
+_FEW = 2**17  # numbers in the largest tensor of `sigma`, up to which it is the faster way
+_BLOCK = 2**18  # numbers in the tensors of a block
 
 # An activation's derivative in terms of its own output, so that its input need not be kept.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -1188,8 +1222,13 @@ class _Sigma(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return sigma(*inputs)
+    def forward(
+        z: Tensor, H: Any, w: Any, grid: Grid, config: AuroraConfig, scale: float
+    ) -> Tensor:
+        if _is_few(z, config):
+            return sigma(z, H, w, grid, config, scale)
+        parts = z.split(_block_size(z, config), 1)
+        return torch.cat([_near_sigma(part, H, w, config, scale) for part in parts], 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -1200,16 +1239,16 @@ class _Sigma(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, H, w = ctx.saved_tensors
-        grad_z = grad_H = grad_w = None
         with full_precision(z):
-            if H is not None:
-                grad_z, grad_H = _fixed_backward(ctx, grad, z, H)
-            if w is not None:
-                through, grad_w = _spline_backward(ctx, grad, z, w)
-                grad_z = torch.zeros_like(z) if grad_z is None else grad_z
-                slope = ctx.config.spline_order * ctx.config.cells_per_unit * ctx.scale
-                grad_z = torch.add(grad_z, through, alpha=slope)
-        return grad_z, grad_H, grad_w, None, None, None
+            if _is_few(z, ctx.config):
+                grads = _backward(ctx, _spline_backward, grad, z, H, w)
+            else:
+                size = _block_size(z, ctx.config)
+                blocks = zip(grad.split(size, 1), z.split(size, 1), strict=True)
+                parts = [_backward(ctx, _near_backward, g, part, H, w) for g, part in blocks]
+                of_z, of_H, of_w = zip(*parts, strict=True)
+                grads = torch.cat(of_z, 1), None if H is None else sum(of_H), sum(of_w)
+        return (*grads, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -1222,6 +1261,31 @@ class _Sigma(torch.autograd.Function):
         return cast(Tensor, transpose([tangents[i] for i in given])[0])
 
 
+def _is_few(z: Tensor, c: AuroraConfig) -> bool:
+    """Whether to evaluate all bumps: there are few numbers, or no bumps at all."""
+    terms = (c.grid_size + c.spline_order) * (c.spline_order // 2 + 1)  # nI
+    # The mean slope of order 1 at a knot takes a bump more than are not zero there.
+    return not c.learnable or c.spline_order == 1 or z.numel() * terms <= _FEW
+
+
+def _block_size(z: Tensor, c: AuroraConfig) -> int:
+    """How many columns of z (r, N) to take at once."""
+    return max(1, _BLOCK // max(4 * len(z), c.grid_size))
+
+
+def _backward(ctx: Any, spline_way: Any, grad: Tensor, z: Tensor, H: Any, w: Any) -> Any:
+    """Gradients of z (r, N), H (r, r) and the spline weights w (r, n)."""
+    grad_z = grad_H = grad_w = None
+    if H is not None:
+        grad_z, grad_H = _fixed_backward(ctx, grad, z, H)
+    if w is not None:
+        through, grad_w = spline_way(ctx, grad, z, w)
+        grad_z = torch.zeros_like(z) if grad_z is None else grad_z
+        slope = ctx.config.spline_order * ctx.config.cells_per_unit * ctx.scale
+        grad_z = torch.add(grad_z, through, alpha=slope)
+    return grad_z, grad_H, grad_w
+
+
 def _scaled_product(like: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
     """`scale * a @ b` in one operation: with beta = 0, `like` lends its shape only."""
     return torch.addmm(like, a, b, beta=0, alpha=scale)
@@ -1229,10 +1293,8 @@ def _scaled_product(like: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
 
 def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of z (r, N) and H (r, r) through F."""
-    activation, derivative = (
-        _ACTIVATIONS[ctx.config.activation],
-        _DERIVATIVES[ctx.config.activation],
-    )
+    activation = _ACTIVATIONS[ctx.config.activation]
+    derivative = _DERIVATIVES[ctx.config.activation]
     inner = activation(z)  # (r, N)
     outer = derivative(grad, activation(H @ inner))  # (r, N)
     grad_z = derivative(_scaled_product(z, ctx.scale, H.t(), outer), inner)
@@ -1240,32 +1302,127 @@ def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tenso
 
 
 def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of z, up to k s / h, and of the spline weights."""
-    grid, k, r = ctx.grid, ctx.config.spline_order, len(w)
-    bumps = (w.reshape(-1, 1) @ grid.binomials).view(r, -1)  # (r, nI)
+    """Gradients of z, up to k s / h, and of the spline weights, from all bumps."""
+    grid, k, ((r, N), n) = ctx.grid, ctx.config.spline_order, (z.shape, w.shape[1])
     d = torch.sub(grid.centers, z, alpha=ctx.config.cells_per_unit)  # (n, 1, r, N)
-    # Not sgn, whose 0 would wipe out second derivatives; at the corners of order 1, the mean slope.
+    # Not sgn, whose 0 would wipe out second derivatives; at a corner of order 1, the mean slope.
     sign = d.sgn() if k == 1 else grid.one.copysign(d)
     edge = torch.addcmul(grid.reach, sign, d, value=-1)  # (n, I, r, N)
     t = F.relu(edge)
     power = (edge.sign() + 1) / 2 if k == 1 else t ** (k - 1)
-    value, slope = (power * t).flatten(0, 1), (power * sign).flatten(0, 1)  # (nI, r, N)
+    binomials = grid.binomials.view(1, 1, -1).expand(n, 1, -1)  # (n, 1, I)
+    slopes = torch.bmm(binomials, power.flatten(2)).view(n, r, N) * sign.squeeze(1)
     if ctx.config.spline == "summed":
-        grad_bumps = _scaled_product(bumps, ctx.scale, grad, value.sum(1).t())
-        through = (slope * (bumps.t() @ grad).unsqueeze(1)).sum(0)  # (r, N)
+        each = grid.repeated.expand(n, 1, -1)  # (n, 1, I r)
+        totals = torch.bmm(each, (power * t).flatten(1, 2)).squeeze(1)  # (n, N)
+        grad_w = _scaled_product(w, ctx.scale, grad, totals.t())
+        return (slopes * (w.t() @ grad).unsqueeze(1)).sum(0), grad_w
+    bumps = torch.bmm(binomials, (power * t).flatten(2)).view(n, r, N)
+    grad_w = torch.bmm(grad.unsqueeze(1), bumps.permute(1, 2, 0)).squeeze(1) * ctx.scale
+    return torch.bmm(w.unsqueeze(1), slopes.transpose(0, 1)).squeeze(1) * grad, grad_w
+
+
+class _Near:
+    """The k + 1 bumps that are not zero at points z (r, N): their values, slopes and places.
+
+    With a margin of zeros, spline weights (r, n) become (r, P), and every point lies on a cell
+    with k + 1 bumps, those beyond the support on its edge. Places are in the flattened (P, N) if
+    the splines are summed over channels, else in the flattened (r, P).
+    """
+
+    def __init__(self, z: Tensor, c: AuroraConfig) -> None:
+        (r, N), k = z.shape, c.spline_order
+        self.shape, self.margin, last = z.shape, k + 1, c.grid_size + 2 * k + 1
+        x = z * c.cells_per_unit + (self.margin - c.grid_range[0] * c.cells_per_unit)  # in cells
+        x = x.clamp(0, last)  # on the first and the last cell all is zero
+        cell = x.long().clamp_(0, last)  # NaN becomes any integer; u stays NaN
+        u = x.frac().reshape(-1)  # (rN,), the place on the cell
+        self.powers = [u**p for p in range(1, k + 1)]
+        if c.spline == "summed":
+            cell.mul_(N).add_(torch.arange(N, device=z.device))
+        else:  # P = last + k + 1
+            cell.add_((last + k + 1) * torch.arange(r, device=z.device).unsqueeze(1))
+        self.places = cell.reshape(-1)  # (rN,), of the first bump
+        self.step = N if c.spline == "summed" else 1  # to the next one
+
+    def polynomial(self, coefficients: Sequence[float]) -> Tensor:
+        """Of u, (rN,), for the coefficients of 1, u, u^2, ..."""
+        constant, *others, highest = coefficients
+        total = self.powers[len(others)] * highest
+        for power, c in zip(self.powers, others, strict=False):
+            if c:
+                total.add_(power, alpha=c)
+        return total.add_(constant) if constant else total
+
+    def spread(self, size: int, factor: Tensor | None = None) -> Tensor:
+        """Zeros (size,), plus at every place the value of the bump times a factor (rN,)."""
+        total = (self.powers[0] if factor is None else self.powers[0] * factor).new_zeros(size)
+        for i, piece in enumerate(_pieces(self.margin - 1)):
+            value = self.polynomial(piece)
+            value = value if factor is None else value * factor
+            total[i * self.step :].scatter_add_(0, self.places, value)
+        return total
+
+    def collect(self, table: Tensor, pieces: Sequence[Sequence[float]]) -> Tensor:
+        """(r, N): the numbers of a table at the places, times values or slopes, added up."""
+        flat, total = table.reshape(-1), torch.empty(0)
+        for i, piece in enumerate(pieces):
+            found = flat[i * self.step :].gather(0, self.places)
+            value = self.polynomial(piece)
+            total = total.addcmul_(found, value) if i else found * value
+        return total.view(self.shape)
+
+
+@functools.cache
+def _pieces(k: int) -> tuple[tuple[float, ...], ...]:
+    """The bump of order k from its last cell to its first: coefficients of 1, u, ..., u^k."""
+
+    def coefficient(cell: int, p: int) -> float:  # k! bump = sum_i (-1)^i binom(k + 1, i) (x - i)^k
+        terms = ((-1) ** i * math.comb(k + 1, i) * (cell - i) ** (k - p) for i in range(cell + 1))
+        return math.comb(k, p) * sum(terms) / math.factorial(k)
+
+    cells = reversed(range(k + 1))
+    return tuple(tuple(coefficient(cell, p) for p in range(k + 1)) for cell in cells)
+
+
+@functools.cache
+def _slopes(k: int) -> tuple[tuple[float, ...], ...]:
+    """The derivatives of `_pieces` over k: coefficients of 1, u, ..., u^(k - 1)."""
+    return tuple(tuple(p * c / k for p, c in enumerate(piece))[1:] for piece in _pieces(k))
+
+
+def _near_sigma(z: Tensor, H: Tensor | None, w: Tensor, c: AuroraConfig, scale: float) -> Tensor:
+    """`sigma` from the bumps that are not zero."""
+    activation = _ACTIVATIONS[c.activation]
+    out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
+    near = _Near(z, c)
+    padded = F.pad(w, (near.margin, near.margin))  # (r, P)
+    if c.spline == "summed":
+        sums = near.spread(padded.shape[1] * z.shape[1]).view(-1, z.shape[1])  # (P, N)
+        return torch.addmm(out, padded, sums, beta=scale, alpha=scale)
+    return (out + near.collect(padded, _pieces(c.spline_order))).mul_(scale)
+
+
+def _near_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_spline_backward` does, from the bumps that are not zero."""
+    near, slopes = _Near(z, ctx.config), _slopes(ctx.config.spline_order)
+    padded = F.pad(w, (near.margin, near.margin))  # (r, P)
+    if ctx.config.spline == "summed":
+        sums = near.spread(padded.shape[1] * z.shape[1]).view(-1, z.shape[1])  # (P, N)
+        grad_w = _scaled_product(padded, ctx.scale, grad, sums.t())  # (r, P)
+        through = near.collect(padded.t() @ grad, slopes)  # (r, N)
     else:
-        rows = torch.bmm(grad.unsqueeze(1), value.permute(1, 2, 0))  # (r, 1, nI)
-        grad_bumps = rows.squeeze(1) * ctx.scale
-        through = torch.bmm(bumps.unsqueeze(1), slope.transpose(0, 1)).squeeze(1) * grad
-    by_weight = grad_bumps.reshape(w.numel(), -1) @ grid.binomials.t()  # (r n, 1)
-    return through, by_weight.view_as(w)
+        grad_w = near.spread(padded.numel(), grad.reshape(-1)).view_as(padded) * ctx.scale
+        through = near.collect(padded, slopes) * grad
+    return through, grad_w[:, near.margin : -near.margin]
 
 
-def _sigma_with_less_memory(z: Tensor, *rest: Any) -> Tensor:
-    # A compiler derives and fuses by itself; without gradients there is nothing to keep.
+def _fast_sigma(z: Tensor, *rest: Any) -> Tensor:
     if torch.compiler.is_compiling():
         return sigma(z, *rest)
+    if not torch.is_grad_enabled():  # nothing to keep
+        return _Sigma.forward(z, *rest)
     return cast(Tensor, _Sigma.apply(z, *rest))  # type: ignore[no-untyped-call]
 
 
-ANL.evaluate = staticmethod(_sigma_with_less_memory)  # type: ignore[arg-type]
+ANL.evaluate = staticmethod(_fast_sigma)  # type: ignore[arg-type]
