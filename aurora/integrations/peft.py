@@ -387,10 +387,10 @@ class AuroraTuner(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names is for inference: call model.eval() first")
-        known = {name for layer in self._layers().values() for name in layer.configs} | {"__base__"}
+        known = {"__base__"}.union(*(layer.configs for layer in self._layers().values()))
         if unknown := sorted(set(names) - known):
             raise ValueError(
-                f"adapter_names has {', '.join(unknown)}; the model has {', '.join(known)}"
+                f"adapter_names has {', '.join(unknown)}; the model has {', '.join(sorted(known))}"
             )
         hook = functools.partial(_pass_names, list(names), _copies(kwargs))
         with contextlib.ExitStack() as undo:
@@ -515,7 +515,8 @@ def _pass_names(
     rows = len(args[0] if args else next(iter(kwargs.values())))
     if rows not in (len(names), copies * len(names)):
         raise ValueError(f"adapter_names has {len(names)} names, and a layer got {rows} rows")
-    repeated = [name for name in names for _ in range(rows // len(names))]
+    times = rows // len(names)
+    repeated = [names[row // times] for row in range(rows)]
     return args, {**kwargs, "adapter_names": repeated}
 
 
@@ -543,9 +544,9 @@ def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[
         ValueError: If no adapter of ours trains.
     """
     layers = [m for m in model.modules() if isinstance(m, AuroraTunerLinear)]
-    inside = dict.fromkeys(p for layer in layers for p in layer.aurora_anl.parameters())
-    nonlinear = [p for p in inside if p.requires_grad]
-    others = [p for p in model.parameters() if p.requires_grad and p not in inside]
+    inside = set(nn.ModuleList(layer.aurora_anl for layer in layers).parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    nonlinear, others = [p for p in trained if p in inside], [p for p in trained if p not in inside]
     if not nonlinear:
         raise ValueError("the model has no AuroRA adapter that trains")
     slow: dict[str, Any] = {"params": others, "lr": lr}
@@ -589,8 +590,9 @@ def _take_out(tuner: AuroraTuner, name: str) -> nn.Module:
     if any(layer.merged for layer in layers.values()):
         raise ValueError("some adapters are merged: unmerge_adapter() first")
     tuner.set_adapter(name)
-    heads = _heads(tuner.model, name)
-    kept = [core.join(key, n) for key, head in heads.items() for n, _ in head.named_parameters()]
+    kept = []
+    for key, head in _heads(tuner.model, name).items():
+        kept += [core.join(key, n) for n, _ in head.named_parameters()]
     base: nn.Module = tuner.unload()
     for config in dict.fromkeys(layer.configs[name] for layer in layers.values()):
         same = {key for key, layer in layers.items() if layer.configs[name] == config}
