@@ -27,8 +27,7 @@ import math
 import re
 import threading
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -56,7 +55,7 @@ Activation: TypeAlias = Literal["tanh", "leaky_relu", "sigmoid", "identity"]
 Init: TypeAlias = Literal["paper", "identity", "zero"]
 Projections: TypeAlias = Literal["trained", "fixed"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "leaky_relu": F.leaky_relu,
     "sigmoid": torch.sigmoid,
@@ -146,22 +145,6 @@ class AuroraConfig:
         """1 / h, the inverse of the knot spacing."""
         return self.grid_size / (self.grid_range[1] - self.grid_range[0])
 
-    @classmethod
-    def from_json(cls, found: Any) -> AuroraConfig:
-        """The options of `dataclasses.asdict`, after JSON. ValueError unless each is there."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        given = set(found) if isinstance(found, dict) else set()
-        if given != names or found["alpha"] is None:
-            odd = ", ".join(sorted(map(repr, given ^ names))) or "'alpha'"
-            raise ValueError(f"every option must be given, and no other; see {odd:.200}")
-        return cls(**found)
-
-    def differences(self, other: AuroraConfig) -> list[str]:
-        """The options by which the two compute different functions; the rest is for training."""
-        names = (field.name for field in dataclasses.fields(self))
-        shared = [name for name in names if name not in ("dropout", "init", "projections")]
-        return [name for name in shared if getattr(self, name) != getattr(other, name)]
-
 
 def _rules(c: AuroraConfig) -> Iterator[tuple[str, bool, str]]:
     """(option, whether its value will do, what is allowed), the rank first."""
@@ -220,24 +203,6 @@ def _configure(rank: int | AuroraConfig, options: Mapping[str, Any]) -> AuroraCo
     return AuroraConfig(rank, **options)
 
 
-def strict_json(text: bytes | str) -> Any:
-    """Read JSON in UTF-8. ValueError also for a key that stands there twice, NaN and infinity."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key of the JSON stands there twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    text = text if isinstance(text, str) else text.decode()
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("the JSON is nested too deeply") from error
-
-
 # ---- sigma: the definition ------------------------------------------------------------------
 #
 # On a uniform grid every basis function is the same bump. With d the signed distance to its
@@ -278,7 +243,7 @@ def sigma(
     H (r, r) and w, the spline weights (r, n), are None where the configuration leaves them out.
     All tensors have one dtype, float32 or float64.
     """
-    activation = _ACTIVATIONS[config.activation]
+    activation = ACTIVATIONS[config.activation]
     out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
     if w is None:
         return scale * out
@@ -337,7 +302,8 @@ class ANL(nn.Module):
         ValueError: For a bad option.
     """
 
-    # The last section of this file puts a version here that keeps less memory for the backward.
+    # The last section of this file puts a version here that keeps less memory for the backward,
+    # and aurora/_many.py one that is faster for many points.
     evaluate = staticmethod(sigma)
 
     def __init__(
@@ -379,7 +345,7 @@ class ANL(nn.Module):
         elif w is not None:  # weight g at its knot average: the straight line (docs/theory.md, 6)
             places = torch.arange(w.shape[1], dtype=torch.float64, device="cpu")  # (n,)
             places -= (c.spline_order - 1) / 2
-            constant = 0.0 if H is None else _ACTIVATIONS[c.activation](torch.zeros(()))  # F, H = 0
+            constant = 0.0 if H is None else ACTIVATIONS[c.activation](torch.zeros(()))  # F, H = 0
             w.copy_((c.grid_range[0] + places / c.cells_per_unit - constant).expand(c.rank, -1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ANL:
@@ -403,20 +369,24 @@ class ANL(nn.Module):
         """Nothing: options are compared before any value is copied, and never changed."""
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
-        # State dicts of 0.1.0 have no options: those of the model are taken for theirs.
+        # State dicts of 0.1.0 have no options: the model's are taken for theirs.
         given = state.setdefault(f"{prefix}_extra_state", self.get_extra_state())
-        if not getattr(given, "is_meta", False):
-            try:
-                other = options_of(given)
-                unlike = self.config.differences(other)
-            except ValueError as error:
-                args[-1].append(f"{prefix}_extra_state: {error}")
-            else:
-                for name in unlike:
-                    theirs, ours = getattr(other, name), getattr(self.config, name)
-                    where = prefix.removesuffix(".") or "the ANL"
-                    args[-1].append(f"{where}: {name} is {theirs} in the state dict, {ours} here")
+        if not getattr(given, "is_meta", False) and (unlike := self._unlike(given)):
+            args[-1].append(f"{prefix.removesuffix('.') or 'the ANL'}: {unlike}")
         super()._load_from_state_dict(state, prefix, *args)
+
+    def _unlike(self, state: Any) -> str:
+        """How the options in a state dict differ, but for those that matter in training only."""
+        ours = dataclasses.asdict(self.config)
+        try:  # an average of equal state dicts may have made floats of the bytes
+            theirs = json.loads(bytes(map(round, state.tolist())))
+            other = dataclasses.asdict(AuroraConfig(**theirs))
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            return f"its options cannot be read: {error}"
+        odd = [
+            k for k in ours if ours[k] != other[k] and k not in ("dropout", "init", "projections")
+        ]
+        return "; ".join(f"{k} is {other[k]} in the state dict, {ours[k]} here" for k in odd)
 
     def forward(self, z: Tensor, scale: float = 1.0, columns: bool = False) -> Tensor:
         """`scale * sigma(z)` for z (..., r), or (r, N) if columns. ValueError for other input."""
@@ -448,17 +418,6 @@ class ANL(nn.Module):
         return (
             f"rank={c.rank}, {F_part}, {f'{c.spline} splines, {grid}' if c.learnable else 'no L'}"
         )
-
-
-def options_of(state: Any) -> AuroraConfig:
-    """The options in what `ANL.get_extra_state` made. ValueError if they cannot be read."""
-    if not isinstance(state, Tensor) or state.dim() != 1 or state.numel() > 10_000:
-        raise ValueError("it does not hold the options of an adapter")
-    try:  # an average of equal state dicts may have made floats of the bytes
-        data = bytes(map(round, state.tolist()))
-    except (TypeError, OverflowError) as error:
-        raise ValueError("it does not hold the options of an adapter") from error
-    return AuroraConfig.from_json(strict_json(data))
 
 
 # ---- The adapted layer ----------------------------------------------------------------------
@@ -1164,48 +1123,35 @@ def static_merge(model: nn.Module) -> list[str]:
         weight = layer.merged_weight(layer.static_update())
         if not weight.isfinite().all():
             raise ValueError(f"merging would put NaN or infinity into {join(name, 'weight')}")
-        merged[layer] = nn.Parameter(weight, layer.weight.requires_grad)
+        merged[layer] = merged_parameter(weight, layer.weight.requires_grad)
     with unchanged_on_error(model):
         for layer, parameter in merged.items():
             layer._parameters["weight"] = parameter
         remove(model)
-        mark_merged(merged)
     return list(found)
 
 
-# A merged model holds nothing of ours, so that what this process merged is remembered here: the
-# layers' weights, and PyTorch's counts of what has been written into them.
-_MERGED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, int]] = weakref.WeakKeyDictionary()
-
-
-def mark_merged(merged: Iterable[nn.Module]) -> None:
-    """Remember that these layers' weights have adapters merged into them."""
-    for layer in merged:
-        weight = cast(Tensor, layer.weight)
-        _MERGED[layer] = weakref.ref(weight), _writes(weight)
+def merged_parameter(weight: Tensor, requires_grad: bool) -> nn.Parameter:
+    """A weight with an adapter merged into it, which `is_merged` knows until it is changed."""
+    parameter = nn.Parameter(weight, requires_grad)
+    parameter._aurora_merged = _version(parameter)  # type: ignore[attr-defined]
+    return parameter
 
 
 def is_merged(layer: nn.Module) -> bool:
-    """Whether a merge in this process made the layer's weight, and nothing has changed it since."""
-    ref, writes = _MERGED.get(layer, (None, 0))
+    """Whether a merge made the layer's weight, and nothing has changed it since."""
     weight = layer._parameters.get("weight")
-    return ref is not None and weight is not None and ref() is weight and _writes(weight) == writes
+    return weight is not None and getattr(weight, "_aurora_merged", None) == _version(weight)
 
 
-def _writes(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
-# ---- Less memory and time -------------------------------------------------------------------
+# ---- Less memory in training ----------------------------------------------------------------
 #
-# Delete from here on, and only memory and time grow. Autograd keeps every step of `sigma`, 286
-# bytes a token at rank 2, where `_Sigma` keeps z, 16 bytes with what is made from it. And `sigma`
-# evaluates all n bumps. That is right for few points, and for a compiler, which fuses the steps.
-# But only k + 1 bumps are not zero at a point; `_Near` finds them, so that many points and fine
-# grids cost less, and takes the points in blocks that fit into a processor's cache.
-
-_FEW = 2**17  # numbers in the largest tensor of `sigma`, up to which it is the faster way
-_BLOCK = 2**18  # numbers in the tensors of a block
+# Delete from here on, and only memory grows: autograd then keeps every step of `sigma`, 286 bytes
+# a token at rank 2, where the backward below keeps z, 16 bytes with what is made from it.
 
 # An activation's derivative in terms of its own output, so that its input need not be kept.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -1216,39 +1162,33 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+class Way(NamedTuple):
+    """A way to compute sigma, as `sigma` does, and its gradients, as `sigma_backward` does."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
 class _Sigma(torch.autograd.Function):
     """`sigma` with its derivatives by hand: keeps z and computes the rest again."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        z: Tensor, H: Any, w: Any, grid: Grid, config: AuroraConfig, scale: float
-    ) -> Tensor:
-        if _is_few(z, config):
-            return sigma(z, H, w, grid, config, scale)
-        parts = z.split(_block_size(z, config), 1)
-        return torch.cat([_near_sigma(part, H, w, config, scale) for part in parts], 1)
+    def forward(*inputs: Any) -> Tensor:
+        return cast(Way, inputs[-1]).forward(*inputs[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.grid, ctx.config, ctx.scale = inputs[3:]
+        ctx.grid, ctx.config, ctx.scale, ctx.way = inputs[3:]
         ctx.save_for_backward(*inputs[:3])
         ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, H, w = ctx.saved_tensors
-        with full_precision(z):
-            if _is_few(z, ctx.config):
-                grads = _backward(ctx, _spline_backward, grad, z, H, w)
-            else:
-                size = _block_size(z, ctx.config)
-                blocks = zip(grad.split(size, 1), z.split(size, 1), strict=True)
-                parts = [_backward(ctx, _near_backward, g, part, H, w) for g, part in blocks]
-                of_z, of_H, of_w = zip(*parts, strict=True)
-                grads = torch.cat(of_z, 1), None if H is None else sum(of_H), sum(of_w)
-        return (*grads, None, None, None)
+        with full_precision(grad):
+            grads = ctx.way.backward(ctx, grad, *ctx.saved_tensors)
+        return *grads, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -1261,44 +1201,34 @@ class _Sigma(torch.autograd.Function):
         return cast(Tensor, transpose([tangents[i] for i in given])[0])
 
 
-def _is_few(z: Tensor, c: AuroraConfig) -> bool:
-    """Whether to evaluate all bumps: there are few numbers, or no bumps at all."""
-    terms = (c.grid_size + c.spline_order) * (c.spline_order // 2 + 1)  # nI
-    # The mean slope of order 1 at a knot takes a bump more than are not zero there.
-    return not c.learnable or c.spline_order == 1 or z.numel() * terms <= _FEW
-
-
-def _block_size(z: Tensor, c: AuroraConfig) -> int:
-    """How many columns of z (r, N) to take at once."""
-    return max(1, _BLOCK // max(4 * len(z), c.grid_size))
-
-
-def _backward(ctx: Any, spline_way: Any, grad: Tensor, z: Tensor, H: Any, w: Any) -> Any:
-    """Gradients of z (r, N), H (r, r) and the spline weights w (r, n)."""
+def sigma_backward(
+    ctx: Any, grad: Tensor, z: Tensor, H: Tensor | None, w: Tensor | None, spline: Any = None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of z (r, N), H (r, r) and the spline weights w (r, n), with the splines' part."""
     grad_z = grad_H = grad_w = None
     if H is not None:
         grad_z, grad_H = _fixed_backward(ctx, grad, z, H)
     if w is not None:
-        through, grad_w = spline_way(ctx, grad, z, w)
+        through, grad_w = (spline or _spline_backward)(ctx, grad, z, w)
         grad_z = torch.zeros_like(z) if grad_z is None else grad_z
         slope = ctx.config.spline_order * ctx.config.cells_per_unit * ctx.scale
         grad_z = torch.add(grad_z, through, alpha=slope)
     return grad_z, grad_H, grad_w
 
 
-def _scaled_product(like: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
+def scaled_product(like: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
     """`scale * a @ b` in one operation: with beta = 0, `like` lends its shape only."""
     return torch.addmm(like, a, b, beta=0, alpha=scale)
 
 
 def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of z (r, N) and H (r, r) through F."""
-    activation = _ACTIVATIONS[ctx.config.activation]
+    activation = ACTIVATIONS[ctx.config.activation]
     derivative = _DERIVATIVES[ctx.config.activation]
     inner = activation(z)  # (r, N)
     outer = derivative(grad, activation(H @ inner))  # (r, N)
-    grad_z = derivative(_scaled_product(z, ctx.scale, H.t(), outer), inner)
-    return grad_z, _scaled_product(H, ctx.scale, outer, inner.t())
+    grad_z = derivative(scaled_product(z, ctx.scale, H.t(), outer), inner)
+    return grad_z, scaled_product(H, ctx.scale, outer, inner.t())
 
 
 def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -1315,114 +1245,23 @@ def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tens
     if ctx.config.spline == "summed":
         each = grid.repeated.expand(n, 1, -1)  # (n, 1, I r)
         totals = torch.bmm(each, (power * t).flatten(1, 2)).squeeze(1)  # (n, N)
-        grad_w = _scaled_product(w, ctx.scale, grad, totals.t())
+        grad_w = scaled_product(w, ctx.scale, grad, totals.t())
         return (slopes * (w.t() @ grad).unsqueeze(1)).sum(0), grad_w
     bumps = torch.bmm(binomials, (power * t).flatten(2)).view(n, r, N)
     grad_w = torch.bmm(grad.unsqueeze(1), bumps.permute(1, 2, 0)).squeeze(1) * ctx.scale
     return torch.bmm(w.unsqueeze(1), slopes.transpose(0, 1)).squeeze(1) * grad, grad_w
 
 
-class _Near:
-    """The k + 1 bumps that are not zero at points z (r, N): their values, slopes and places.
-
-    With a margin of zeros, spline weights (r, n) become (r, P), and every point lies on a cell
-    with k + 1 bumps, those beyond the support on its edge. Places are in the flattened (P, N) if
-    the splines are summed over channels, else in the flattened (r, P).
-    """
-
-    def __init__(self, z: Tensor, c: AuroraConfig) -> None:
-        (r, N), k = z.shape, c.spline_order
-        self.shape, self.margin, last = z.shape, k + 1, c.grid_size + 2 * k + 1
-        x = z * c.cells_per_unit + (self.margin - c.grid_range[0] * c.cells_per_unit)  # in cells
-        x = x.clamp(0, last)  # on the first and the last cell all is zero
-        cell = x.long().clamp_(0, last)  # NaN becomes any integer; u stays NaN
-        u = x.frac().reshape(-1)  # (rN,), the place on the cell
-        self.powers = [u**p for p in range(1, k + 1)]
-        if c.spline == "summed":
-            cell.mul_(N).add_(torch.arange(N, device=z.device))
-        else:  # P = last + k + 1
-            cell.add_((last + k + 1) * torch.arange(r, device=z.device).unsqueeze(1))
-        self.places = cell.reshape(-1)  # (rN,), of the first bump
-        self.step = N if c.spline == "summed" else 1  # to the next one
-
-    def polynomial(self, coefficients: Sequence[float]) -> Tensor:
-        """Of u, (rN,), for the coefficients of 1, u, u^2, ..."""
-        constant, *others, highest = coefficients
-        total = self.powers[len(others)] * highest
-        for power, c in zip(self.powers, others, strict=False):
-            if c:
-                total.add_(power, alpha=c)
-        return total.add_(constant) if constant else total
-
-    def spread(self, size: int, factor: Tensor | None = None) -> Tensor:
-        """Zeros (size,), plus at every place the value of the bump times a factor (rN,)."""
-        total = (self.powers[0] if factor is None else self.powers[0] * factor).new_zeros(size)
-        for i, piece in enumerate(_pieces(self.margin - 1)):
-            value = self.polynomial(piece)
-            value = value if factor is None else value * factor
-            total[i * self.step :].scatter_add_(0, self.places, value)
-        return total
-
-    def collect(self, table: Tensor, pieces: Sequence[Sequence[float]]) -> Tensor:
-        """(r, N): the numbers of a table at the places, times values or slopes, added up."""
-        flat, total = table.reshape(-1), torch.empty(0)
-        for i, piece in enumerate(pieces):
-            found = flat[i * self.step :].gather(0, self.places)
-            value = self.polynomial(piece)
-            total = total.addcmul_(found, value) if i else found * value
-        return total.view(self.shape)
+ALL_BUMPS = Way(sigma, sigma_backward)
 
 
-@functools.cache
-def _pieces(k: int) -> tuple[tuple[float, ...], ...]:
-    """The bump of order k from its last cell to its first: coefficients of 1, u, ..., u^k."""
-
-    def coefficient(cell: int, p: int) -> float:  # k! bump = sum_i (-1)^i binom(k + 1, i) (x - i)^k
-        terms = ((-1) ** i * math.comb(k + 1, i) * (cell - i) ** (k - p) for i in range(cell + 1))
-        return math.comb(k, p) * sum(terms) / math.factorial(k)
-
-    cells = reversed(range(k + 1))
-    return tuple(tuple(coefficient(cell, p) for p in range(k + 1)) for cell in cells)
-
-
-@functools.cache
-def _slopes(k: int) -> tuple[tuple[float, ...], ...]:
-    """The derivatives of `_pieces` over k: coefficients of 1, u, ..., u^(k - 1)."""
-    return tuple(tuple(p * c / k for p, c in enumerate(piece))[1:] for piece in _pieces(k))
-
-
-def _near_sigma(z: Tensor, H: Tensor | None, w: Tensor, c: AuroraConfig, scale: float) -> Tensor:
-    """`sigma` from the bumps that are not zero."""
-    activation = _ACTIVATIONS[c.activation]
-    out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
-    near = _Near(z, c)
-    padded = F.pad(w, (near.margin, near.margin))  # (r, P)
-    if c.spline == "summed":
-        sums = near.spread(padded.shape[1] * z.shape[1]).view(-1, z.shape[1])  # (P, N)
-        return torch.addmm(out, padded, sums, beta=scale, alpha=scale)
-    return (out + near.collect(padded, _pieces(c.spline_order))).mul_(scale)
-
-
-def _near_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """What `_spline_backward` does, from the bumps that are not zero."""
-    near, slopes = _Near(z, ctx.config), _slopes(ctx.config.spline_order)
-    padded = F.pad(w, (near.margin, near.margin))  # (r, P)
-    if ctx.config.spline == "summed":
-        sums = near.spread(padded.shape[1] * z.shape[1]).view(-1, z.shape[1])  # (P, N)
-        grad_w = _scaled_product(padded, ctx.scale, grad, sums.t())  # (r, P)
-        through = near.collect(padded.t() @ grad, slopes)  # (r, N)
-    else:
-        grad_w = near.spread(padded.numel(), grad.reshape(-1)).view_as(padded) * ctx.scale
-        through = near.collect(padded, slopes) * grad
-    return through, grad_w[:, near.margin : -near.margin]
-
-
-def _fast_sigma(z: Tensor, *rest: Any) -> Tensor:
-    if torch.compiler.is_compiling():
+def sigma_with_less_memory(z: Tensor, *rest: Any, way: Way = ALL_BUMPS) -> Tensor:
+    """`sigma` in one of the ways, all of which give the same numbers but for rounding."""
+    if torch.compiler.is_compiling():  # a compiler derives and fuses by itself
         return sigma(z, *rest)
-    if not torch.is_grad_enabled():  # nothing to keep
-        return _Sigma.forward(z, *rest)
-    return cast(Tensor, _Sigma.apply(z, *rest))  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():  # there is nothing to keep
+        return way.forward(z, *rest)
+    return cast(Tensor, _Sigma.apply(z, *rest, way))  # type: ignore[no-untyped-call]
 
 
-ANL.evaluate = staticmethod(_fast_sigma)  # type: ignore[arg-type]
+ANL.evaluate = staticmethod(sigma_with_less_memory)  # type: ignore[arg-type]

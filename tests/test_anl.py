@@ -11,7 +11,7 @@ from reference import bases, knots, sigma
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, hessian, jacfwd, jacrev, vmap
 
-from aurora import ANL, core
+from aurora import ANL, _many, core
 
 VARIANTS = {
     "default": {},
@@ -31,6 +31,17 @@ GRIDS = [
     (32, (-1e-3, 5e-3)),
 ]
 ORDERS = [1, 2, 3, 4]
+WAYS = ["all bumps", "near bumps", "blocks"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Few points are computed from all bumps; here those that are not zero, and small blocks."""
+    if request.param != "all bumps":
+        monkeypatch.setattr(_many, "FEW", 0)
+    if request.param == "blocks":
+        monkeypatch.setattr(_many, "BLOCK", 24)
+    return request.param
 
 
 def make(rank=3, dtype=torch.float64, seed=0, **options) -> ANL:
@@ -63,7 +74,7 @@ def points(config: core.AuroraConfig, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("grid_size", "grid_range"), GRIDS)
-def test_agrees_with_cox_de_boor(variant, order, grid_size, grid_range):
+def test_agrees_with_cox_de_boor(way, variant, order, grid_size, grid_range):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         options = {
             "grid_size": grid_size,
@@ -100,7 +111,7 @@ def test_every_order_is_a_partition_of_unity_on_the_grid(t, order, grid_size):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_nan_and_infinity_stay_in_their_row(variant):
+def test_nan_and_infinity_stay_in_their_row(way, variant):
     for bad in (float("nan"), float("inf")):
         anl = make(dtype=torch.float32, **VARIANTS[variant])
         z = torch.randn(4, 3)
@@ -122,7 +133,7 @@ ON_KNOTS = {"knots": True, "between": False}
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("where", ON_KNOTS)
-def test_derivatives(variant, order, where):
+def test_derivatives(way, variant, order, where):
     anl = make(spline_order=order, grid_size=4, **VARIANTS[variant])
     z = torch.tensor(
         [[0.1, -0.7, 1.3], [-1.9, 0.31, 2.9], [0.77, -0.13, 0.59]], dtype=torch.float64
@@ -148,7 +159,7 @@ def test_derivatives(variant, order, where):
 
 
 @pytest.mark.parametrize("spline", ["summed", "per-channel"])
-def test_order_1_has_the_mean_slope_at_its_corners(spline):
+def test_order_1_has_the_mean_slope_at_its_corners(way, spline):
     anl = make(rank=1, fixed=False, spline_order=1, grid_size=4, spline=spline)
     with torch.no_grad():
         anl.spline_weight.copy_(torch.tensor([[1.0, 2.0, 3.0, -2.0, 1.0]]))
@@ -173,7 +184,7 @@ def test_gradcheck_would_notice_a_wrong_derivative(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_hand_written_backward_equals_autograd_of_the_definition(variant):
+def test_hand_written_backward_equals_autograd_of_the_definition(way, variant):
     anl = make(**VARIANTS[variant])
     z = torch.randn(50, 3, dtype=torch.float64, requires_grad=True)
     inputs = [z, *anl.parameters()]
@@ -184,7 +195,7 @@ def test_hand_written_backward_equals_autograd_of_the_definition(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_torch_func(variant):
+def test_torch_func(way, variant):
     anl = make(rank=2, **VARIANTS[variant])
     z = torch.randn(4, 2, dtype=torch.float64)
     by_row = vmap(jacrev(anl))(z)
@@ -207,7 +218,7 @@ def test_torch_func(variant):
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 4, 3), (2, 1, 4, 3), (0, 3), (2, 0, 3)])
-def test_shapes(shape):
+def test_shapes(way, shape):
     anl = make(dtype=torch.float32)
     z = torch.randn(shape)
     assert anl(z).shape == z.shape
@@ -216,7 +227,7 @@ def test_shapes(shape):
     torch.testing.assert_close(anl(noncontiguous), anl(noncontiguous.contiguous()))
 
 
-def test_arithmetic_is_wide_and_the_result_has_the_inputs_dtype():
+def test_arithmetic_is_wide_and_the_result_has_the_inputs_dtype(way):
     anl = make(dtype=torch.float32)
     z = torch.randn(40, 3)
     for dtype in (torch.bfloat16, torch.float16):

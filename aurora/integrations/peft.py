@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from aurora import core
+from aurora._header import differences
 
 try:
     import peft
@@ -733,7 +734,7 @@ def _misfits(
             wrong.append(f"{key}: {theirs} in the file, {ours} in the model")
     for name, layer in model.named_modules():
         if isinstance(layer, AuroraTunerLinear) and adapter_name in layer.configs:
-            unlike = layer.configs[adapter_name].differences(config.options(name))
+            unlike = differences(layer.configs[adapter_name], config.options(name))
             if unlike:
                 wrong.append(f"{name}: other options in the file: {', '.join(unlike)}")
             if adapter_name in layer.merged_adapters:

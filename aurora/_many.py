@@ -1,0 +1,183 @@
+"""Sigma of many points, and on fine grids: faster than `core.sigma`, and the same numbers.
+
+`core.sigma` evaluates all n bumps at every point. That takes few operations, and is right for few
+points and for a compiler, which fuses them. But only k + 1 bumps are not zero at a point. Here they
+are looked up, which costs the same on every grid, and the points are taken in blocks, which fit
+into a processor's cache and bound the memory. Shapes: r rank, N points, k spline order (degree),
+n spline weights a channel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aurora import core
+from aurora.core import AuroraConfig
+
+FEW = 2**17  # numbers in the largest tensor of `core.sigma`, up to which it is the faster way
+BLOCK = 2**18  # numbers in the tensors of a block
+
+
+def evaluate(
+    z: Tensor,
+    H: Tensor | None,
+    w: Tensor | None,
+    grid: core.Grid,
+    config: AuroraConfig,
+    scale: float,
+) -> Tensor:
+    """`core.sigma`, z (r, N) -> (r, N), whichever way is faster."""
+    few = torch.compiler.is_compiling() or is_few(z, config)
+    way = core.ALL_BUMPS if few else NEAR_BUMPS
+    return core.sigma_with_less_memory(z, H, w, grid, config, scale, way=way)
+
+
+def is_few(z: Tensor, c: AuroraConfig) -> bool:
+    """Whether `core.sigma` is the better way: there are few numbers, or no bumps at all."""
+    return not c.learnable or all_bumps(c) * z.numel() <= FEW
+
+
+def all_bumps(c: AuroraConfig) -> int:
+    """How many numbers `core.sigma` makes of one: nI."""
+    return (c.grid_size + c.spline_order) * (c.spline_order // 2 + 1)
+
+
+# --- Blocks ---------------------------------------------------------------------------------------
+
+
+def forward(z: Tensor, *rest: Any) -> Tensor:
+    """`core.sigma` in blocks, from the bumps that are not zero."""
+    config = rest[3]
+    # The mean slope of order 1 at a knot takes a bump more than are not zero there.
+    sigma = core.sigma if config.spline_order == 1 else _sigma
+    blocks = torch.split(z, block_size(z, config), 1)
+    return torch.cat([sigma(block, *rest) for block in blocks], 1)
+
+
+def backward(ctx: Any, grad: Tensor, z: Tensor, H: Any, w: Tensor) -> tuple[Tensor | None, ...]:
+    """`core.sigma_backward` in blocks, from the bumps that are not zero."""
+    spline = None if ctx.config.spline_order == 1 else _spline_backward
+    size = block_size(z, ctx.config)
+    blocks = zip(torch.split(grad, size, 1), torch.split(z, size, 1), strict=True)
+    parts = [core.sigma_backward(ctx, g, part, H, w, spline) for g, part in blocks]
+    of_z, of_H, of_w = (list(each) for each in zip(*parts, strict=True))
+    total: Callable[[Any], Tensor] = functools.partial(functools.reduce, torch.add)
+    return torch.cat(of_z, 1), None if H is None else total(of_H), total(of_w)
+
+
+def block_size(z: Tensor, c: AuroraConfig) -> int:
+    """How many columns of z (r, N) to take at once."""
+    column = max(4 * len(z), c.grid_size)
+    if c.spline_order == 1:
+        column = all_bumps(c) * len(z)
+    return max(1, BLOCK // column)
+
+
+NEAR_BUMPS = core.Way(forward, backward)
+
+
+# --- One block ------------------------------------------------------------------------------------
+
+
+def _sigma(z: Tensor, H: Any, w: Tensor, grid: Any, c: AuroraConfig, scale: float) -> Tensor:
+    activation = core.ACTIVATIONS[c.activation]
+    out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
+    near = Near(z, c)
+    padded = F.pad(w, (near.margin, near.margin))  # (r, P)
+    if c.spline == "summed":
+        totals = near.spread(padded.shape[1] * z.shape[1]).view(-1, z.shape[1])  # (P, N)
+        return torch.addmm(out, padded, totals, beta=scale, alpha=scale)
+    return (out + near.collect(padded, pieces(c.spline_order))).mul_(scale)
+
+
+def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of z (r, N), up to k s / h, and of the spline weights w (r, n)."""
+    near, steep = Near(z, ctx.config), slopes(ctx.config.spline_order)
+    padded = F.pad(w, (near.margin, near.margin))  # (r, P)
+    if ctx.config.spline == "summed":
+        totals = near.spread(padded.shape[1] * z.shape[1]).view(-1, z.shape[1])  # (P, N)
+        grad_w = core.scaled_product(padded, ctx.scale, grad, totals.t())  # (r, P)
+        through = near.collect(padded.t() @ grad, steep)  # (r, N)
+    else:
+        grad_w = near.spread(padded.numel(), grad.reshape(-1)).view_as(padded) * ctx.scale
+        through = near.collect(padded, steep) * grad
+    return through, grad_w[:, near.margin : -near.margin]
+
+
+class Near:
+    """The k + 1 bumps that are not zero at points z (r, N): their values, slopes and places.
+
+    With a margin of zeros, spline weights (r, n) become (r, P), and every point lies on a cell
+    with k + 1 bumps, those beyond the support on its edge. Places are in the flattened (P, N) if
+    the splines are summed over channels, else in the flattened (r, P).
+    """
+
+    def __init__(self, z: Tensor, c: AuroraConfig) -> None:
+        (r, N), k = z.shape, c.spline_order
+        self.shape, self.margin, last = z.shape, k + 1, c.grid_size + 2 * k + 1
+        x = z * c.cells_per_unit + (self.margin - c.grid_range[0] * c.cells_per_unit)  # in cells
+        x = x.clamp(0, last)  # on the first and the last cell all is zero
+        cell = x.long().clamp(0, last)  # NaN becomes any integer; u stays NaN
+        u = x.frac().reshape(-1)  # (rN,), the place on the cell
+        self.powers = [u**p for p in range(1, k + 1)]
+        if c.spline == "summed":
+            cell.mul_(N).add_(torch.arange(N, device=z.device))
+        else:  # P = last + k + 1
+            cell.add_((last + k + 1) * torch.arange(r, device=z.device).unsqueeze(1))
+        self.places = cell.reshape(-1)  # (rN,), of the first bump
+        self.step = N if c.spline == "summed" else 1  # to the next one
+
+    def polynomial(self, coefficients: Sequence[float]) -> Tensor:
+        """Of u, (rN,), for the coefficients of 1, u, u^2, ..."""
+        constant, *others, highest = coefficients
+        total = self.powers[len(others)] * highest
+        for power, c in zip(self.powers, others, strict=False):
+            if c:
+                total.add_(power, alpha=c)
+        return total.add_(constant) if constant else total
+
+    def spread(self, size: int, factor: Tensor | None = None) -> Tensor:
+        """Zeros (size,), plus at every place the value of the bump times a factor (rN,)."""
+        total = (self.powers[0] if factor is None else self.powers[0] * factor).new_zeros(size)
+        for i, piece in enumerate(pieces(self.margin - 1)):
+            value = self.polynomial(piece)
+            value = value if factor is None else value * factor
+            total[i * self.step :].scatter_add_(0, self.places, value)
+        return total
+
+    def collect(self, table: Tensor, pieces: Sequence[Sequence[float]]) -> Tensor:
+        """(r, N): the numbers of a table at the places, times values or slopes, added up."""
+        flat, total = table.reshape(-1), torch.empty(0)
+        for i, piece in enumerate(pieces):
+            found = flat[i * self.step :].gather(0, self.places)
+            value = self.polynomial(piece)
+            total = torch.addcmul(total, found, value) if i else found * value
+        return total.view(self.shape)
+
+
+@functools.cache
+def pieces(k: int) -> tuple[tuple[float, ...], ...]:
+    """The bump of order k from its last cell to its first: coefficients of 1, u, ..., u^k."""
+
+    def coefficient(cell: int, p: int) -> float:  # k! bump = sum_i (-1)^i binom(k + 1, i) (x - i)^k
+        terms = ((-1) ** i * math.comb(k + 1, i) * (cell - i) ** (k - p) for i in range(cell + 1))
+        return math.comb(k, p) * int(sum(terms)) / math.factorial(k)
+
+    cells = reversed(range(k + 1))
+    return tuple(tuple(coefficient(cell, p) for p in range(k + 1)) for cell in cells)
+
+
+@functools.cache
+def slopes(k: int) -> tuple[tuple[float, ...], ...]:
+    """The derivatives of `pieces` over k: coefficients of 1, u, ..., u^(k - 1)."""
+    return tuple(tuple(p * c / k for p, c in enumerate(piece))[1:] for piece in pieces(k))
+
+
+core.ANL.evaluate = staticmethod(evaluate)
