@@ -26,6 +26,18 @@ class Computed(NamedTuple):
     error: float = 0.0
 
 
+# What float32 products may be rounded to before they are added up, by the name of PyTorch's option:
+# TF32 has 10 bits after the point, bfloat16 7.
+_LOWERED = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}
+
+
+def _float32_products() -> float:
+    try:
+        return _LOWERED[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # lowered by the newer options, for some devices
+        return _LOWERED["high"]
+
+
 class Arithmetic:
     """Arithmetic in one dtype; products of matrices are added up in `sums`, then rounded once."""
 
@@ -33,6 +45,8 @@ class Arithmetic:
         info, wide = torch.finfo(dtype), torch.finfo(sums)
         self.eps, self.tiny, self.largest = info.eps, info.tiny, info.max
         self.fine, self.least = wide.eps, wide.eps * wide.tiny
+        if dtype == torch.float32:
+            self.eps = max(info.eps, _float32_products())
 
     def rounded(self, a: Computed, entries: float) -> Computed:
         """`a` after one rounding of its entries; a number below `tiny` is off by eps * tiny."""
@@ -74,7 +88,7 @@ class Rounding:
         self.shift = self.shifts()
         k, n = layer.config.spline_order, layer.w.shape[1]
         terms = self.r + layer.count + n * (k // 2 + 1) + k + max(rows, self.columns)
-        self.unit = (16 + terms) * self.inner.eps
+        self.unit = 16 * self.inner.eps + terms * self.inner.fine
 
     # The steps around sigma
 

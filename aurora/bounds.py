@@ -38,7 +38,7 @@ class Certificate:
         output: The adapter's part of the layer's output, for one row.
         lipschitz: |d output / d input| of the adapter.
         gradients: Of the loss, by name: with respect to "x" (the adapter's part of it) and to
-            every parameter.
+            every parameter that trains.
     """
 
     value: Tensor
@@ -60,17 +60,18 @@ def certify(
     """Bounds in exact arithmetic for one layer, its dropout and its base aside.
 
     Args:
-        module: an adapted layer, or an `ANL` alone.
-        x: the largest norm of a row of the input. With the default, any input, what grows with x is
-            infinite: the gradient of A, everything under leaky_relu, the output in static mode.
-        upstream: the norm of the gradient that arrives at the output. Of several rows, the sum
+        module: An adapted layer, or an `ANL` alone.
+        x: The largest norm of a row of the input. With the default, any input, what grows with x is
+            infinite: the gradient of A, the output in static mode, and most under an activation
+            without bounds, "leaky_relu" or "identity".
+        upstream: The norm of the gradient that arrives at the output. Of several rows, the sum
             of the norms of the rows' gradients, because gradients of parameters add up over rows.
 
     Returns:
         The bounds. Proofs: docs/theory.md, sections 3 and 4.
 
     Raises:
-        ValueError: a norm is negative or NaN, or a parameter is not finite or on the meta device.
+        ValueError: A norm is negative or NaN, or a parameter is not finite or on the meta device.
 
     Example:
         >>> aurora.certify(layer, x=10.0).output
@@ -95,18 +96,18 @@ def allowance(
     products with A and B in `dtype`. Proofs: docs/theory.md, section 5.
 
     Args:
-        module: an adapted layer, or an `ANL` alone.
-        x: the largest norm of a row of the input.
-        upstream: the sum over rows of the norms of the gradient that arrives at the output.
-        dtype: of the input and the output, the coarser of the two.
-        rows: how many rows the gradients of parameters add up.
+        module: An adapted layer, or an `ANL` alone.
+        x: The largest norm of a row of the input.
+        upstream: The sum over rows of the norms of the gradient that arrives at the output.
+        dtype: Of the input and the output, the coarser of the two.
+        rows: How many rows the gradients of parameters add up.
 
     Returns:
         What to add to the numbers of `certify`. Infinite where a step on the way may overflow its
         dtype: there nothing is promised.
 
     Raises:
-        ValueError: as in `certify`.
+        ValueError: As in `certify`.
     """
     layer = _certificate.Layer(module, x)
     rounding = _rounding.Rounding(layer, x, dtype, rows)
@@ -274,15 +275,15 @@ def assert_bounded(model: nn.Module, inputs: Any) -> None:
     as it was: hooks, `training`, `grad`.
 
     Args:
-        model: a model with adapters.
-        inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        model: A model with adapters.
+        inputs: A tensor, a tuple of arguments or a mapping of keyword arguments.
 
     Raises:
-        AssertionError: a norm exceeds its certificate; the message names layer, quantity and both.
-        ValueError: no adapted layer ran, or one holds or meets NaN or infinity.
+        AssertionError: A norm exceeds its certificate; the message names layer, quantity and both.
+        ValueError: No adapted layer ran, or one holds or meets NaN or infinity.
 
     Warns:
-        UnboundedWarning: a step on the way to a norm may overflow the layer's dtype, so that its
+        UnboundedWarning: A step on the way to a norm may overflow the layer's dtype, so that its
             allowance is infinite and the norm, though finite, was not checked. To fail on it, run
             `pytest -W error::aurora.bounds.UnboundedWarning`.
 
@@ -326,13 +327,13 @@ class LayerBounds(NamedTuple):
     """A row of the report.
 
     Attributes:
-        name: the layer.
+        name: The layer.
         jacobian: |J| of sigma, certified.
-        initial: the same at the start, the median of fresh layers.
-        measured: the largest |J| met; None for a layer that did not run.
-        tightness: measured over certified |J|.
-        output: the size of the adapter's output, certified.
-        measured_output: the largest met.
+        initial: The same at the start, the median of fresh layers.
+        measured: The largest |J| met; None for a layer that did not run.
+        tightness: Measured over certified |J|.
+        output: The size of the adapter's output, certified.
+        measured_output: The largest met.
     """
 
     name: str
@@ -381,15 +382,15 @@ def report_bounds(model: nn.Module, inputs: Any = None) -> BoundsReport:
     """The certified |J| of sigma and size of the adapter's output, layer by layer.
 
     Args:
-        model: a model with adapters.
-        inputs: as for `assert_bounded`; the report then holds what they reach, too. Without inputs
+        model: A model with adapters.
+        inputs: As for `assert_bounded`; the report then holds what they reach, too. Without inputs
             the output is bounded for any input.
 
     Returns:
         A report that prints as a table.
 
     Raises:
-        ValueError: as in `assert_bounded`.
+        ValueError: As in `assert_bounded`.
 
     Example:
         >>> print(aurora.report_bounds(model, batch))

@@ -56,7 +56,7 @@ Activation: TypeAlias = Literal["tanh", "leaky_relu", "sigmoid", "identity"]
 Init: TypeAlias = Literal["paper", "identity", "zero"]
 Projections: TypeAlias = Literal["trained", "fixed"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "leaky_relu": F.leaky_relu,
     "sigmoid": torch.sigmoid,
@@ -278,7 +278,7 @@ def sigma(
     H (r, r) and w, the spline weights (r, n), are None where the configuration leaves them out.
     All tensors have one dtype, float32 or float64.
     """
-    activation = ACTIVATIONS[config.activation]
+    activation = _ACTIVATIONS[config.activation]
     out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
     if w is None:
         return scale * out
@@ -360,22 +360,28 @@ class ANL(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Put H and the spline weights at the start that `config.init` names."""
+        if self.config.init == "identity":
+            return self.start_as_identity()
+        draw = self.config.init == "paper"
+        if self.H is not None:
+            nn.init.xavier_normal_(self.H) if draw else nn.init.zeros_(self.H)
+        if self.spline_weight is not None:
+            reach = 0.1 if draw else 0.0
+            nn.init.uniform_(self.spline_weight, -reach, reach)
+
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Set H and the spline weights so that sigma(z) = z on the grid, as in LoRA."""
         c, H, w = self.config, self.H, self.spline_weight
-        if c.init == "paper":
-            if H is not None:
-                nn.init.xavier_normal_(H)
-            if w is not None:
-                nn.init.uniform_(w, -0.1, 0.1)
-            return
         for p in self.parameters():
             p.zero_()
-        if c.init == "identity" and _starts_linear(c):
-            cast(Tensor, H).fill_diagonal_(1.0)
-        elif c.init == "identity":  # weight g at its knot average: the straight line (theory, 6)
-            places = torch.arange(c.grid_size + c.spline_order) - (c.spline_order - 1) / 2  # (n,)
-            constant = ACTIVATIONS[c.activation](torch.zeros(())) if c.fixed else 0.0  # F, as H = 0
-            line = c.grid_range[0] + places / c.cells_per_unit - constant
-            cast(Tensor, w).copy_(line.expand(c.rank, -1))
+        if H is not None and c.activation == "identity":
+            H.fill_diagonal_(1.0)
+        elif w is not None:  # weight g at its knot average: the straight line (docs/theory.md, 6)
+            places = torch.arange(w.shape[1], dtype=torch.float64, device="cpu")  # (n,)
+            places -= (c.spline_order - 1) / 2
+            constant = 0.0 if H is None else _ACTIVATIONS[c.activation](torch.zeros(()))  # F, H = 0
+            w.copy_((c.grid_range[0] + places / c.cells_per_unit - constant).expand(c.rank, -1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ANL:
         # The grid is a constant, not state: no buffer, so that there is nothing to load, and
@@ -641,7 +647,7 @@ def _new_adapter(layer: nn.Module, config: AuroraConfig) -> dict[str, Any]:
         if hasattr(layer, name):
             raise ValueError(f"the {kind} has a {name!r} of its own, as adapters do: rename that")
     if "forward" in layer.__dict__:
-        told = "as offloading does, and bypasses adapters: inject before"
+        told = "as offloading does: inject before, or by aurora.integrations.accelerate"
         raise ValueError(f"the {kind}'s forward was replaced on the object, {told}")
     if config.rank > max(features):
         told = f"rank {config.rank} is above both dimensions of the layer, {features}"
@@ -794,15 +800,15 @@ def layers(model: nn.Module) -> dict[str, AuroraLinear]:
 def unchanged_on_error(model: nn.Module, values: Iterable[Tensor] = ()) -> Iterator[None]:
     """All or nothing: if the block ends early, even by Ctrl-C, the model is as it was before.
 
-    That is: every module's class and attributes, which tensors it has, and what they require.
-    What a block writes into tensors is undone for those in `values`.
+    That is: every module's class, attributes and hooks, which tensors it has, what they require,
+    and their gradients. What a block writes into tensors is undone for those in `values`.
     """
     classes, tables = [(m, m.__class__) for m in model.modules()], []
     for m, _ in classes:
         if not isinstance(m, torch.jit.ScriptModule):  # which nobody can change
-            for table in (m.__dict__, m._parameters, m._buffers, m._modules):
-                tables.append((table, dict(table)))
-    required = [(p, p.requires_grad) for p in model.parameters()]
+            parts = [m.__dict__, *(t for t in m.__dict__.values() if isinstance(t, dict))]
+            tables += [(table, dict(table)) for table in parts]
+    required = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     saved = [(t, t.detach().clone()) for t in values]
     try:
         yield
@@ -812,8 +818,9 @@ def unchanged_on_error(model: nn.Module, values: Iterable[Tensor] = ()) -> Itera
         for table, content in tables:
             table.clear()
             table.update(content)
-        for p, needed in required:
+        for p, needed, grad in required:
             p.requires_grad_(needed)
+            p.grad = grad
         for tensor, value in saved:
             tensor.detach().copy_(value)
         raise
@@ -1265,7 +1272,7 @@ def scaled_product(like: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
 
 def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of z (r, N) and H (r, r) through F."""
-    activation = ACTIVATIONS[ctx.config.activation]
+    activation = _ACTIVATIONS[ctx.config.activation]
     derivative = _DERIVATIVES[ctx.config.activation]
     inner = activation(z)  # (r, N)
     outer = derivative(grad, activation(H @ inner))  # (r, N)

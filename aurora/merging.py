@@ -308,13 +308,14 @@ def merge(
     layers = core.layers(model)
     _check_options(method, batches, held_out, tolerance)
     core.check_mergeable(model, layers)
-    seen, judged = _moments(model, batches, held_out)
-    plans = [
-        _plan(name, layer, method, seen.get(name), judged.get(name), bias, tolerance)
-        for name, layer in layers.items()
-    ]
-    undo, chosen = _Undo(model, layers), [plan for plan in plans if plan.row.method is not None]
     with core.unchanged_on_error(model):
+        seen, judged = _moments(model, batches, held_out)
+        plans = [
+            _plan(name, layer, method, seen.get(name), judged.get(name), bias, tolerance)
+            for name, layer in layers.items()
+        ]
+        chosen = [plan for plan in plans if plan.row.method is not None]
+        undo = _Undo(model, layers)
         for plan in chosen:
             _write(plan)
         if chosen:

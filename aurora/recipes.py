@@ -110,7 +110,7 @@ def start_from_gradient(
     """
     found = core.layers(model)
     _check_start(found, ridge, chunk)
-    with _gradients_aside(model), _uncompiled():
+    with core.unchanged_on_error(model), _gradients_aside(model), _uncompiled():
         starts: _Starts = {}
         if chunk is None:
             with _looking(found, ridge, starts):
@@ -250,15 +250,16 @@ class _Moments:
         narrow = max(self.layer.in_features, self.layer.out_features) <= _CHEAP
         wide = torch.float64 if narrow and C.device.type != "mps" else C.dtype
         G, C = G.to(wide), C.to(wide)
+        mean = C.diagonal().mean()
+        C.diagonal().add_(ridge * mean)  # C_l from here on; C itself is not kept beside it
         with core.full_precision(C):  # the block may be left under autocast
-            mean = C.diagonal().mean()
-            A, U = _regress(G, C, self.layer.config.rank, ridge)
-            A = _rescaled(A, C, 1.0 if _fixed(self.layer) else mean / 3)
+            A, U = _regress(G, C, self.layer.config.rank)
+            size = 1.0 if _fixed(self.layer) else mean / 3
+            A = _rescaled(A, C, ridge * mean, size)
             rest = _whole(self.layer.A).to(A)[len(A) :]  # (r - q, in)
             if not _fixed(self.layer):
                 return [(self.layer.A, torch.cat([A, rest]))]
-            C.diagonal().add_(ridge * mean)
-            rest = _rescaled(rest - (rest @ C) @ A.t() @ A, C, 1.0)
+            rest = _rescaled(rest - (rest @ C) @ A.t() @ A, C, 0.0, size)
             B = _completed(U, _whole(self.layer.B).to(U))
             return [(self.layer.A, torch.cat([A, rest])), (self.layer.B, B)]
 
@@ -298,20 +299,17 @@ def _reduce(moments: Iterable[_Moments]) -> None:
 _CHEAP = 1536  # widths up to which float64 and all eigenvectors cost next to nothing
 
 
-def _regress(G: Tensor, C: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+def _regress(G: Tensor, C_l: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(A (q, in), U (out, q)): at most `rank` directions with signal, strongest first.
 
     With `L L^T = C_l`, M = L^-1 G^T has `M^T M = G C_l^-1 G^T`, whose eigenvectors are U, and A is
     `U^T G C_l^-1` up to the scale of its rows.
     """
-    ridge = float(ridge * C.diagonal().mean())
-    if not (ridge > 0 and bool(G.any())):
-        return G.new_zeros(0, C.shape[0]), G.new_zeros(G.shape[0], 0)
-    C_l = C.clone()
-    C_l.diagonal().add_(ridge)
+    if not (bool(C_l.any()) and bool(G.any())):
+        return G.new_zeros(0, C_l.shape[0]), G.new_zeros(G.shape[0], 0)
     L, failed = torch.linalg.cholesky_ex(C_l)
     if failed:  # float32 was not enough
-        L = torch.linalg.cholesky(C_l.double()).to(C)
+        L = torch.linalg.cholesky(C_l.double()).to(C_l)
     M = torch.linalg.solve_triangular(L, G.t() / G.abs().max(), upper=False)  # (in, out)
     strength, U = _leading(M, min(rank, *G.shape))
     noise = max(1e-5, 1e2 * torch.finfo(M.dtype).eps * max(1.0, len(M) ** 0.5))
@@ -341,10 +339,10 @@ def _leading(M: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return strength[:count], Q @ Vh[:count].t()
 
 
-def _rescaled(A: Tensor, C: Tensor, square: Tensor | float) -> Tensor:
-    """Rows scaled to the mean square `square` of the hidden values; rows that are silent stay."""
-    now = ((A @ C) * A).sum(1, keepdim=True)  # (q, 1), E z_j^2
-    return torch.where(now > 0, A * (square / now).sqrt(), A)
+def _rescaled(A: Tensor, C_l: Tensor, ridge: Tensor | float, size: Tensor | float) -> Tensor:
+    """Rows (q, in) scaled to E z_j^2 = `size` under C = C_l - ridge I; rows without any stay."""
+    now = ((A @ C_l) * A).sum(1, keepdim=True) - ridge * A.square().sum(1, keepdim=True)  # (q, 1)
+    return torch.where(now > 0, A * (size / now).sqrt(), A)
 
 
 def _completed(U: Tensor, B: Tensor) -> Tensor:
@@ -459,15 +457,10 @@ def start_as_identity(model: nn.Module) -> None:
         if not layer.B.is_meta and layer.B.any():
             cure = "layer.reset_parameters() would start afresh"
             raise ValueError(f"{name} has been trained already; {cure}")
-    for layer in found.values():
-        c, w = layer.config, layer.anl.spline_weight
-        assert w is not None
-        for p in layer.anl.parameters():
-            p.zero_()
-        constant = layer.anl(w.new_zeros(c.rank))  # F, and nothing else, as the splines are 0
-        wide = torch.promote_types(w.dtype, torch.float32)
-        places = torch.arange(w.shape[1], dtype=wide, device=w.device) - (c.spline_order - 1) / 2
-        w.copy_(c.grid_range[0] + places / c.cells_per_unit - constant.unsqueeze(1))
+    own = itertools.chain.from_iterable(layer.anl.parameters() for layer in found.values())
+    with core.unchanged_on_error(model, own):
+        for layer in found.values():
+            layer.anl.start_as_identity()
 
 
 def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[dict[str, Any]]:

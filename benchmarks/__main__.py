@@ -12,13 +12,17 @@ from benchmarks.lab.needs import BenchmarkError
 
 
 def catalogue() -> dict[str, str]:
-    """Name -> first line of the docstring of every module here with a `main`, not imported."""
-    found = {}
-    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+    """Name -> first line of the docstring of every module here with a `main`, not imported.
+
+    A study in several files is a folder, with its `main` in `__init__.py`.
+    """
+    room, found = Path(__file__).parent, {}
+    for path in [*room.glob("[!_]*.py"), *room.glob("[!_]*/__init__.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return found
+            name = path.parent.name if path.stem == "__init__" else path.stem
+            found[name] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return dict(sorted(found.items()))
 
 
 def main(argv: list[str]) -> int:

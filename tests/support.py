@@ -35,7 +35,7 @@ class _Interrupt:
 
     def during(self, action: Callable[[T], object], subject: T) -> bool:
         """Run `action(subject)`; whether it ended by our error."""
-        before = sys.gettrace()
+        before, grad = sys.gettrace(), torch.is_grad_enabled()
         sys.settrace(self)
         try:
             action(subject)
@@ -43,6 +43,7 @@ class _Interrupt:
             return True
         finally:
             sys.settrace(before)
+            torch.set_grad_enabled(grad)  # an interrupt on the way out of no_grad() leaves it off
         return False
 
 

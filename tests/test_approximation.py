@@ -139,7 +139,11 @@ def test_plan_has_every_question_and_no_run_twice() -> None:
     assert set(approximation.plan(quick=True)) < set(runs)
 
 
-def test_the_report_counts_what_the_records_say(small: None, tmp_path) -> None:
+def test_the_report_counts_what_the_records_say(
+    small: None, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(approximation, "RESTARTS", 2)  # enough for a report
+    monkeypatch.setattr(approximation, "ITERATIONS", 120)
     runs = [
         r for r in approximation.plan(quick=True) if r.target in ("tanh teacher", "decaying 2^-i")
     ]

@@ -329,6 +329,21 @@ def test_names_are_exact(tmp_path, chosen):
     assert {name for name in trains if not name.startswith("xfc")} == {f"{chosen}.bias"}
 
 
+def test_names_of_parameters_are_exact(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"fc": nn.Linear(4, 4), "head": nn.Module()})
+        for name in ("scale", "scale\n", "xscale", "scale2"):
+            model["head"].register_parameter(name, nn.Parameter(torch.ones(1)))
+        return model
+
+    source, fresh = build(), build()
+    aurora.inject(source, "^fc$", train=r"\.scale\Z")
+    aurora.save(source, tmp_path / "a.safetensors")
+    assert aurora.load(fresh, tmp_path / "a.safetensors").train == ("head.scale",)
+    assert [n for n, p in fresh["head"].named_parameters() if p.requires_grad] == ["scale"]
+
+
 # ---- Damage ---------------------------------------------------------------------------------
 
 

@@ -267,6 +267,25 @@ def test_a_look_gives_lora_and_aurora_the_same_start_and_head(tiny) -> None:
     assert trained[0] == trained[1]
 
 
+def test_padding_has_no_say_in_the_start(tiny) -> None:
+    learn, _ = folds.sides("development", 25, 5)
+    tokens = [some[: 3 + i % 4] for i, some in enumerate(learn.tokens[:12])]
+    texts, starts = task.Texts(tokens, learn.ratings[:12], learn.pad), []
+    for size in (1, 12):
+        model = reader(tiny)
+        aurora.inject(model, ENCODER.targets, 2, train=methods.HEAD)
+        for layer in aurora.core.layers(model).values():
+            torch.manual_seed(0)
+            layer.reset_parameters()
+        with aurora.start_from_gradient(model):
+            for batch in texts.batches(size):
+                outputs = model(batch.input_ids, batch.attention_mask)
+                (outputs - batch.ratings[:, None]).square().sum().backward()
+        starts.append([layer.A for layer in aurora.core.layers(model).values()])
+    for alone, padded in zip(*starts, strict=True):
+        torch.testing.assert_close(alone, padded, rtol=1e-3, atol=1e-4)
+
+
 def test_a_start_is_paid_for_with_steps(tiny, monkeypatch) -> None:
     monkeypatch.setattr(methods, "WARM", 2)
     monkeypatch.setattr(methods, "LOOKED", 3)

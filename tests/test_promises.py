@@ -113,7 +113,7 @@ def test_a_start_from_the_gradient_is_all_or_nothing():
 
     def check(model, done):
         assert told(model) in ([after] if done else [before, after])
-        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert all(p.grad is None for p in model.parameters())
 
     interrupted_at_every_line(prepare, action, check)
@@ -259,7 +259,7 @@ BAD = [
 def test_values_that_cannot_work_are_refused_by_name(options):
     model = make_model()
     before = everything(model)
-    name = list(options)[0]
+    name = next(iter(options))
     with pytest.raises(ValueError, match=name):
         aurora.inject(model, r"^0$", **options)
     assert everything(model) == before
@@ -314,7 +314,7 @@ class Life(RuleBasedStateMachine):
         self.base = self.model(self.x).detach()
         self.tensors = dict(self.model.named_parameters())
         self.report = None
-        self.merged = self.trained_head = False
+        self.merges = 0
         self.file = Path(tempfile.mkdtemp()) / "adapter.safetensors"
 
     def adapted(self):
@@ -333,7 +333,7 @@ class Life(RuleBasedStateMachine):
     @rule(regex=st.sampled_from(["nowhere", "(", "1$"]))
     def fail_to_inject(self, regex):
         before = everything(self.model)
-        with pytest.raises(ValueError, match="matches no|regular expression"):
+        with pytest.raises(ValueError, match=r"matches no|regular expression"):
             aurora.inject(self.model, regex)
         assert everything(self.model) == before
 
@@ -357,7 +357,7 @@ class Life(RuleBasedStateMachine):
         self.before_merge = told(self.model)
         self.report = aurora.merge(self.model, method, [self.x])
         assert not self.adapted()
-        self.merged = True
+        self.merges += 1
         self.after_merge = told(self.model)
 
     @precondition(lambda self: self.report is not None)
@@ -372,7 +372,7 @@ class Life(RuleBasedStateMachine):
         else:
             assert same
             assert told(self.model) == self.before_merge
-            self.merged, self.report = False, None
+            self.merges, self.report = self.merges - 1, None
 
     @precondition(lambda self: self.adapted())
     @rule()
@@ -417,7 +417,7 @@ class Life(RuleBasedStateMachine):
             output = self.off()
             trains = {p for p in self.model.parameters() if p.requires_grad}
             assert trains == set(aurora.parameters(self.model))
-        if not self.merged:
+        if not self.merges:
             assert torch.equal(output, self.base)
             now = core.ModelView.of(self.model).parameters
             assert {name: owned.tensor for name, owned in now.items()}.keys() == self.tensors.keys()
@@ -429,4 +429,4 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+TestLife.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)

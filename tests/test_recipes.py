@@ -247,6 +247,32 @@ def test_a_compiled_model_is_looked_at_too() -> None:
     assert_same(plain, model, 1e-6)
 
 
+class Rounded(nn.Module):
+    """A layer without a floating-point weight, as quantisation leaves it."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.scale = 127 / like.weight.detach().abs().max().item()
+        self.register_buffer("codes", (like.weight.detach() * self.scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.codes.to(x.dtype) / self.scale)
+
+
+def test_a_quantised_base_is_looked_at_as_any_other() -> None:
+    found = []
+    for kind in (Rounded, lambda layer: layer):
+        torch.manual_seed(0)
+        model = Net()
+        for layer in (model.one, model.two):
+            nn.init.zeros_(layer.bias)
+        model.one, model.two = kind(model.one), kind(model.two)
+        aurora.inject(model, "one|two", 2, train="^head")
+        found.append(start(model))
+    assert_same(*found, tolerance=0.05)
+
+
 # --- Data that say little ------------------------------------------------------------------------
 
 

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from aurora import core
 
@@ -78,17 +76,3 @@ def test_importing_the_package_needs_torch_only(tmp_path):
         [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-
-
-def test_saving_without_safetensors_names_the_extra(tmp_path, monkeypatch):
-    import aurora
-
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    aurora.inject(model, "0", rank=1)
-    for call in (aurora.save, aurora.load):
-        with pytest.raises(ImportError, match=r'pip install "aurora-adapters\[save\]"'):
-            call(model, tmp_path / "a.safetensors")
-    assert not list(tmp_path.iterdir())
-    assert torch.equal(model[0].B, torch.zeros(4, 1))

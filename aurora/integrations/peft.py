@@ -9,8 +9,8 @@ Importing this module registers the method under the type "AURORA_ADAPTERS", in 
 of types gains a member and its dictionaries an entry; no file is written. A program that only loads
 saved adapters imports it too. Per layer and adapter, a state dict holds `aurora_A.weight`,
 `aurora_B.weight`, `aurora_anl.H` and `aurora_anl.spline_weight`: the tensors `A`, `B`, `anl.H` and
-`anl.spline_weight` of our own files. What PEFT's API rules out, and which of its versions are
-supported: docs/compatibility.md.
+`anl.spline_weight` of our own files; and the options, which are compared at every load. What PEFT's
+API rules out, and which of its versions are supported: docs/compatibility.md.
 """
 
 from __future__ import annotations
@@ -705,8 +705,8 @@ def hotswap_adapter(
         **kwargs: Further ones for the download.
 
     Raises:
-        ValueError: With the model as it was, if the layers or any option but dropout differ, or
-            the adapter is merged.
+        ValueError: With the model as it was, if the layers differ, or an option that
+            matters beyond training, or the adapter is merged.
     """
     model = getattr(model, "_orig_mod", model)
     path = str(model_name_or_path)
@@ -725,15 +725,16 @@ def _misfits(
     """What keeps tensors and options from taking the place of an adapter's."""
     own = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
     wrong = []
-    for key in sorted(own.keys() | given.keys()):
+    names = {name for name in own.keys() | given.keys() if not name.endswith("._extra_state")}
+    for key in sorted(names):
         theirs, ours = (tuple(x[key].shape) if key in x else "missing" for x in (given, own))
         if theirs != ours:
             wrong.append(f"{key}: {theirs} in the file, {ours} in the model")
     for name, layer in model.named_modules():
         if isinstance(layer, AuroraTunerLinear) and adapter_name in layer.configs:
-            same = dataclasses.replace(layer.configs[adapter_name], dropout=config.dropout)
-            if config.options(name) != same:
-                wrong.append(f"{name}: other options in the file than in the model")
+            unlike = layer.configs[adapter_name].differences(config.options(name))
+            if unlike:
+                wrong.append(f"{name}: other options in the file: {', '.join(unlike)}")
             if adapter_name in layer.merged_adapters:
                 wrong.append(f"{name} is merged: unmerge_adapter() first")
     return wrong

@@ -173,7 +173,8 @@ def fit_grid(model: nn.Module, sample: Sample) -> None:
         few = z.numel() < 1e7  # what `quantile` can sort
         reach = float(sizes.double().quantile(0.999)) if few else float(sizes.max())
         anl = core.ANL(layer.config, grid_range=(-reach, reach))
-        anl.load_state_dict(layer.anl.state_dict())
+        for p, kept in zip(anl.parameters(), layer.anl.parameters(), strict=True):
+            p.copy_(kept)  # a state dict would not fit another grid
         layer.anl = anl
 
 

@@ -262,7 +262,8 @@ def test_save_and_load(case, low_cpu_mem_usage, tmp_path):
     model, x, out, _ = adapted(case)
     model.save_pretrained(tmp_path)
     names = set(safetensors.torch.load_file(tmp_path / "adapter_model.safetensors"))
-    tensors = {".aurora_A.weight", ".aurora_B.weight", ".aurora_anl.H", ".aurora_anl.spline_weight"}
+    tensors = {".aurora_A.weight", ".aurora_B.weight", ".aurora_anl.H"}
+    tensors |= {".aurora_anl.spline_weight", ".aurora_anl._extra_state"}
     mine = {name for name in names if any(name.endswith(end) for end in tensors)}
     heads = {f"base_model.model.{m}.weight" for m in CASES[case][2].get("modules_to_save", [])}
     assert mine

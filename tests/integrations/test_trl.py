@@ -9,7 +9,7 @@ import transformers
 import trl
 
 import aurora
-from aurora.integrations.peft import AuroraPeftConfig
+from aurora.integrations.peft import AuroraPeftConfig, from_aurora
 from aurora.integrations.transformers import AdapterCheckpoints, reference
 
 WORDS = [f"w{i}" for i in range(28)]
@@ -109,6 +109,27 @@ def test_dpo_against_the_disabled_adapter(make, tmp_path):
     torch.manual_seed(0)
     torch.testing.assert_close(torch.stack(reference_log_probabilities(made)), before)
     assert all(any(torch.equal(p, tensor) for tensor in plain) for p in base)
+
+
+def test_every_reference_trains_alike(tmp_path):
+    """One that shares the base, PEFT's disabled adapter, and a second copy: the same losses."""
+
+    def start():
+        model = llama()
+        torch.manual_seed(5)
+        aurora.inject(model, r"(v|down)_proj", 2)
+        return model
+
+    losses = []
+    for reference_of in (reference, lambda model: llama(), None):
+        model = start()
+        options = {"ref_model": reference_of(model)} if reference_of else {}
+        model = model if reference_of else from_aurora(model, task_type="CAUSAL_LM")
+        made = trainer(tmp_path / str(len(losses)), trl.DPOTrainer, model, **options)
+        made.train()
+        losses.append([row["loss"] for row in made.state.log_history if "loss" in row])
+    assert losses[0][-1] != losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) == losses[2]
 
 
 def test_dpo_checkpoints_hold_the_adapter_alone(tmp_path):

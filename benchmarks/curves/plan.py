@@ -1,0 +1,84 @@
+"""Which runs there are, the most telling ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.curves.runs import Run
+
+Who = tuple[str, str]  # method, place
+
+SWAP: tuple[Who, ...] = (
+    ("AuroRA r=4", "front"),
+    ("full", "all"),
+    ("warp, every input", "front"),
+    ("warp, told", "front"),
+    ("LoRA r=8", "front"),
+    ("ReLU 7", "front"),
+    ("biases", "all"),
+    ("AuroRA r=4", "first"),
+    ("LoRA r=5", "first"),
+    ("ReLU 5", "first"),
+)
+TONES: tuple[Who, ...] = (
+    ("AuroRA r=2", "back"),
+    ("full", "all"),
+    ("warp, every input", "back"),
+    ("warp, told", "back"),
+    ("LoRA r=3", "back"),
+    ("LoRA r=3, biases too", "back"),
+    ("ReLU 5", "back"),
+    ("biases", "all"),
+    ("AuroRA r=1", "back"),
+)
+
+
+MANY = {"AuroRA r=4": 10, "warp, every input": 10, "warp, told": 10}  # draws: near each other
+PARTS = (
+    "AuroRA r=4, one start",
+    "AuroRA r=4, no penalty",
+    "AuroRA r=4, roughness only",
+    "AuroRA r=4, size only",
+    "AuroRA r=4, drawn",
+    "AuroRA r=4, with F",
+    "AuroRA r=2",
+    "AuroRA r=2, the paper's",
+)
+RATINGS: tuple[Who, ...] = (
+    ("AuroRA r=1", "back"),
+    ("AuroRA r=1", "last"),
+    ("full", "all"),
+    ("biases", "all"),
+    ("LoRA r=1, biases too", "back"),
+    ("warp, told", "back"),
+    ("ReLU 5", "back"),
+)
+
+
+def plan(quick: bool = False) -> Iterator[Run]:
+    """All runs, or a few short ones."""
+    if quick:
+        for method, place in (SWAP[0], SWAP[2], SWAP[4]):
+            yield Run("swap", "motors", method, place, 256, draws=2, steps=300)
+        return
+    for examples in (256, 1024, 64):
+        for method, place in SWAP[:7]:
+            yield Run("swap", "motors", method, place, examples, draws=MANY.get(method, 5))
+        for method, place in SWAP[:7]:
+            yield Run("swap", "differential", method, place, examples)
+        for method, place in TONES:
+            yield Run("tones", "coffee", method, place, examples)
+    for examples in (16, 64, 256):
+        for world in ("products to movies", "movies to tweets"):
+            for method, place in RATINGS:
+                yield Run("ratings", world, method, place, examples, draws=10)
+    for method, place in SWAP[7:]:
+        yield Run("swap", "motors", method, place, 256)
+    for method in PARTS:
+        yield Run("swap", "differential", method, "front", 256)
+    for examples in (32, 4096):
+        for method, place in SWAP[:5]:
+            yield Run("swap", "motors", method, place, examples, draws=MANY.get(method, 5))
+    for examples in (256, 1024):
+        for method, place in SWAP[:5]:
+            yield Run("swap", "sensors", method, place, examples)
