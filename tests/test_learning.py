@@ -458,7 +458,8 @@ def test_long_runs_are_asked_for_and_half_a_decade_slower() -> None:
     run = long[0]
     assert (run.lr, run.steps, run.start) == (1e-3, 1000, "shared")
     made = {run.key: {**run._asdict(), "adapter": 7, "loss": 1, "accuracy": 0.5, "pearson": 0.25}}
-    assert "| LoRA r=2 | 7 | 0.001 | 1000 | 1.0000 | 50.00 | 25.00 |" in learning.long_table(made)
+    cells = learning.long_table(made).replace("|", " ").split()
+    assert cells[-8:] == "LoRA r=2 7 0.001 1000 1.0000 50.00 25.00".split()
     assert run not in learning.pending(FEW, lines | made, long=True)
 
 
