@@ -345,7 +345,7 @@ class ANL(nn.Module):
         elif w is not None:  # weight g at its knot average: the straight line (docs/theory.md, 6)
             places = torch.arange(w.shape[1], dtype=torch.float64, device="cpu")  # (n,)
             places -= (c.spline_order - 1) / 2
-            constant = 0.0 if H is None else ACTIVATIONS[c.activation](torch.zeros(()))  # F, H = 0
+            constant = 0.0 if H is None else _ACTIVATIONS[c.activation](torch.zeros(()))  # F, H = 0
             w.copy_((c.grid_range[0] + places / c.cells_per_unit - constant).expand(c.rank, -1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ANL:
