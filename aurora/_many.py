@@ -87,7 +87,7 @@ NEAR_BUMPS = core.Way(forward, backward)
 
 
 def _sigma(z: Tensor, H: Any, w: Tensor, grid: Any, c: AuroraConfig, scale: float) -> Tensor:
-    activation = core.ACTIVATIONS[c.activation]
+    activation = core._ACTIVATIONS[c.activation]
     out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
     near = Near(z, c)
     padded = F.pad(w, (near.margin, near.margin))  # (r, P)

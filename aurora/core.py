@@ -55,7 +55,7 @@ Activation: TypeAlias = Literal["tanh", "leaky_relu", "sigmoid", "identity"]
 Init: TypeAlias = Literal["paper", "identity", "zero"]
 Projections: TypeAlias = Literal["trained", "fixed"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "leaky_relu": F.leaky_relu,
     "sigmoid": torch.sigmoid,
@@ -243,7 +243,7 @@ def sigma(
     H (r, r) and w, the spline weights (r, n), are None where the configuration leaves them out.
     All tensors have one dtype, float32 or float64.
     """
-    activation = ACTIVATIONS[config.activation]
+    activation = _ACTIVATIONS[config.activation]
     out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
     if w is None:
         return scale * out
@@ -1223,7 +1223,7 @@ def scaled_product(like: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
 
 def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of z (r, N) and H (r, r) through F."""
-    activation = ACTIVATIONS[ctx.config.activation]
+    activation = _ACTIVATIONS[ctx.config.activation]
     derivative = _DERIVATIVES[ctx.config.activation]
     inner = activation(z)  # (r, N)
     outer = derivative(grad, activation(H @ inner))  # (r, N)
