@@ -381,7 +381,9 @@ class ANL(nn.Module):
         try:  # an average of equal state dicts may have made floats of the bytes
             theirs = json.loads(bytes(map(round, state.tolist())))
             other = dataclasses.asdict(AuroraConfig(**theirs))
-        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            if theirs.keys() != ours.keys():
+                return "its options are not all given"
+        except (AttributeError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
             return f"its options cannot be read: {error}"
         odd = [
             k for k in ours if ours[k] != other[k] and k not in ("dropout", "init", "projections")
@@ -440,8 +442,9 @@ class AuroraLinear(nn.Module):
     it stays the same object with the same tensors and hooks, `isinstance(layer, nn.Linear)` holds,
     and in a state dict the base's tensors keep their names. Beside them stand `A` (r, in_features),
     Kaiming-uniform(a = sqrt 5); `B` (out_features, r), zero, so that the output starts as the
-    base's, bit for bit; `anl.H`, `anl.spline_weight`; float32, or float64 over a float64 base. The
-    output has the dtype of the base's output.
+    base's, bit for bit; `anl.H`, `anl.spline_weight`; float32, or float64 over a float64 base; and,
+    in the state dict only, the options, as `anl._extra_state`. The output has the dtype of the
+    base's output.
 
     Args:
         layer: An `nn.Linear`, GPT-2's `Conv1D`, or any module that computes a linear map and has
