@@ -65,6 +65,12 @@ def spectral(matrix: Tensor) -> float:
     return float(torch.linalg.matrix_norm(matrix, 2).max())
 
 
+def spectral_factors(a: Tensor, b: Tensor) -> tuple[float, ...]:
+    """Numbers whose product is the spectral norm of a @ b, which may itself underflow."""
+    sizes = [matrix.abs().max().clamp(min=5e-324) for matrix in (a, b)]
+    return float(sizes[0]), float(sizes[1]), spectral((a / sizes[0]) @ (b / sizes[1]))
+
+
 def frobenius(matrix: Tensor) -> float:
     """The Frobenius norm."""
     return float(norm(matrix.flatten()))
@@ -189,7 +195,7 @@ ACTIVATIONS = {
 
 
 class Constants(NamedTuple):
-    """The factors of all bounds.
+    """The factors of all bounds; image in several, as their product may underflow.
 
     value (r,): |sigma_j|. jacobian: |d sigma / d z|. spread: |sigma|, image: |B sigma|,
     inner: |d F / d H|, basis: |d L / d w|, each for one row, or in static mode per unit of |x|.
@@ -199,7 +205,7 @@ class Constants(NamedTuple):
     value: Tensor
     jacobian: float
     spread: float
-    image: float
+    image: tuple[float, ...]
     inner: float
     basis: float
     down: float
@@ -351,11 +357,11 @@ class Layer:
         value, jacobian = self.value(), self.jacobian()
         if self.static:
             sigma, bases = self.sigma(self.A), self.bases(self.A)
-            spread, image = spectral(sigma), spectral(self.B @ sigma)
+            spread, image = spectral(sigma), spectral_factors(self.B, sigma)
             inner = spectral(self.phi.value(self.A))
             basis = spectral(bases.sum(1) if self.summed else bases.movedim(1, 0))
         else:
             spread, inner = float(norm(value)), float(norm(self.reach))
-            image = product(up, spread)
+            image = (up, spread)
             basis = largest_basis(self.config.spline_order) * self.count
         return Constants(value, jacobian, spread, image, self.phi.slope * inner, basis, down, up)

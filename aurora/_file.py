@@ -25,8 +25,6 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from aurora import core
-
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -95,8 +93,10 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytear
         header[name] = {"dtype": _CODES[t.dtype], **places}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    data = bytearray(struct.pack("<Q", len(text)) + text + bytes(end))
-    room = torch.frombuffer(data, dtype=torch.uint8)[8 + len(text) :]
+    start = 8 + len(text)
+    data = bytearray(start + end)
+    data[:start] = struct.pack("<Q", len(text)) + text
+    room = torch.frombuffer(data, dtype=torch.uint8)[start:]
     for name in order:
         begin, end = header[name]["data_offsets"]
         room[begin:end] = tensors[name].detach().cpu().reshape(-1).contiguous().view(torch.uint8)
@@ -108,9 +108,10 @@ def digest_holds(data: bytes) -> bool | None:
     """Whether every byte is as it was written; None if the file has no digest where ours is."""
     if data[8 : _DIGEST.start] != _BEFORE_DIGEST:
         return None
-    found = hashlib.sha256(data[: _DIGEST.start])
+    view = memoryview(data)
+    found = hashlib.sha256(view[: _DIGEST.start])
     found.update(b"0" * 64)
-    found.update(data[_DIGEST.stop :])
+    found.update(view[_DIGEST.stop :])
     return found.hexdigest().encode() == data[_DIGEST]
 
 
@@ -123,7 +124,7 @@ def read_header(file: BinaryIO) -> Contents:
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
     if length > size - 8:
         raise ValueError("it ends within its header")
-    found = core.strict_json(file.read(length))
+    found = strict_json(file.read(length))
     metadata = found.pop("__metadata__", {}) if isinstance(found, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its header is no table")
@@ -144,11 +145,12 @@ def _entry(found: Any, start: int) -> Entry:
         raise ValueError("its header says of a tensor what the format does not")
     dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
     numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    numbers = numbers and len(shape) <= 64
     if not numbers or not all(type(n) is int and 0 <= n < 2**63 for n in shape + offsets):
         raise ValueError("a shape or a place in its header is none")
     begin, end = offsets
     known = _DTYPES.get(dtype) if isinstance(dtype, str) else None
-    if begin > end or (known and math.prod(shape[:64]) * known.itemsize != end - begin):
+    if begin > end or (known and math.prod(shape) * known.itemsize != end - begin):
         raise ValueError("a tensor's shape and place disagree")
     return Entry(str(dtype), tuple(shape), start + begin, start + end)
 
@@ -164,7 +166,10 @@ def read_tensor(file: BinaryIO, entry: Entry) -> Tensor:
     flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     dtype = _DTYPES[entry.dtype]
     numbers = flat.bool() if dtype == torch.bool else flat.view(dtype)  # any byte but 0 is true
-    return numbers.reshape(entry.shape)
+    try:
+        return numbers.reshape(entry.shape)
+    except (RuntimeError, OverflowError) as error:  # a length of 0 beside lengths beyond counting
+        raise ValueError("it has a shape that no tensor can have") from error
 
 
 def _refuse_big_endian() -> None:
@@ -246,3 +251,21 @@ def _remove_leftovers(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _DAY:
                 left.unlink()
+
+
+def strict_json(text: bytes | str) -> Any:
+    """Read JSON in UTF-8. ValueError also for a key that stands there twice, NaN and infinity."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key of the JSON stands there twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    text = text if isinstance(text, str) else text.decode()
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error

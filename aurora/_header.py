@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from aurora import core
-from aurora._file import shown
+from aurora._file import shown, strict_json
 
 VERSION = 2
 # What files of version 1, of release 0.1.0, leave unsaid.
@@ -50,7 +50,7 @@ class Header:
     @classmethod
     def from_json(cls, text: str) -> Header:
         """Read a header. ValueError for whatever `to_json` of a release would not write."""
-        found = core.strict_json(text)
+        found = strict_json(text)
         if not isinstance(found, dict):
             raise ValueError("its description is no table")
         version = found.get("version")
@@ -112,7 +112,7 @@ class Header:
         problems += [f"{shown(name)}: trained in one of the two only" for name in once]
         for name in own.layers.keys() & self.layers.keys():
             ours, theirs = _described(own.layers[name]), _described(self.layers[name])
-            different = own.layers[name][2].differences(self.layers[name][2])
+            different = differences(own.layers[name][2], self.layers[name][2])
             for key in ["in_features", "out_features", *different]:
                 if ours[key] != theirs[key]:
                     both = f"{theirs[key]} in the file, {ours[key]} in the model"
@@ -136,7 +136,7 @@ def _config(found: Any, version: int) -> core.AuroraConfig:
         if not isinstance(found, dict) or found.keys() & _UNSAID.keys():
             raise ValueError("its options are not those of version 1")
         found = found | _UNSAID
-    return core.AuroraConfig.from_json(found)
+    return options_from(found)
 
 
 def _layer(
@@ -153,3 +153,31 @@ def _layer(
 def _described(layer: tuple[int, int, core.AuroraConfig]) -> Mapping[str, Any]:
     n_in, n_out, config = layer
     return {"in_features": n_in, "out_features": n_out, **dataclasses.asdict(config)}
+
+
+def options_from(found: Any) -> core.AuroraConfig:
+    """The options of `dataclasses.asdict`, after JSON. ValueError unless each is there."""
+    names = {field.name for field in dataclasses.fields(core.AuroraConfig)}
+    given = set(found) if isinstance(found, dict) else set()
+    if given != names or found["alpha"] is None:
+        odd = ", ".join(sorted(map(repr, given ^ names))) or "'alpha'"
+        raise ValueError(f"every option must be given, and no other; see {odd:.200}")
+    return core.AuroraConfig(**found)
+
+
+def differences(a: core.AuroraConfig, b: core.AuroraConfig) -> list[str]:
+    """The options by which the two compute different functions; the rest is for training."""
+    names = [field.name for field in dataclasses.fields(a)]
+    shared = [name for name in names if name not in ("dropout", "init", "projections")]
+    return [name for name in shared if getattr(a, name) != getattr(b, name)]
+
+
+def options_of(state: Any) -> core.AuroraConfig:
+    """The options in what `ANL.get_extra_state` made. ValueError if they cannot be read."""
+    if not isinstance(state, Tensor) or state.dim() != 1 or state.numel() > 10_000:
+        raise ValueError("it does not hold the options of an adapter")
+    try:  # an average of equal state dicts may have made floats of the bytes
+        data = bytes(map(round, state.tolist()))
+    except (TypeError, OverflowError) as error:
+        raise ValueError("it does not hold the options of an adapter") from error
+    return options_from(strict_json(data))

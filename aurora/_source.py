@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -11,8 +12,16 @@ import torch
 from torch import Tensor
 
 from aurora import core
-from aurora._file import Contents, Entry, digest_holds, read_header, read_tensor, shown
-from aurora._header import Header, first_names, kept
+from aurora._file import (
+    Contents,
+    Entry,
+    digest_holds,
+    read_header,
+    read_tensor,
+    shown,
+    strict_json,
+)
+from aurora._header import Header, first_names, kept, options_of
 
 FILE = "aurora_adapter.safetensors"
 _WHOLE = ("model", "diffusion_pytorch_model")
@@ -36,7 +45,7 @@ def read(path: Path, view: core.ModelView) -> Source:
     if len(files) == 1:
         with _opened(files[0]) as (file, contents):
             if "aurora" in contents.metadata:
-                return _own(files[0], file, contents)
+                return _own(files[0], file)
     with _blame(path):
         return _from_checkpoint(path, _Checkpoint(files), view)
 
@@ -65,11 +74,13 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Contents]]:
         yield file, contents
 
 
-def _own(path: Path, file: BinaryIO, contents: Contents) -> Source:
+def _own(path: Path, file: BinaryIO) -> Source:
     """Read a file that `aurora.save` wrote. Those of version 1 have no digest."""
     with _blame(path):
         file.seek(0)
-        holds = digest_holds(file.read())
+        data = file.read()  # once, so that what is checked is what is read
+        file, holds = io.BytesIO(data), digest_holds(data)
+        contents = read_header(file)
         if holds is False:
             raise ValueError("it was damaged or changed since it was saved: its digest is another")
         header = Header.from_json(contents.metadata["aurora"])
@@ -116,7 +127,7 @@ _PICKLED = {
 def _shards(index: Path) -> list[Path]:
     """The files of a checkpoint that is spread over several."""
     with _blame(index):
-        found = core.strict_json(index.read_bytes())
+        found = strict_json(index.read_bytes())
         names = found.get("weight_map") if isinstance(found, dict) else None
         if not isinstance(names, dict) or not names:
             raise ValueError("it maps no tensors to files")
@@ -157,7 +168,7 @@ class _Checkpoint:
                 A, B = (self.places.get(core.join(layer, key)) for key in ("A", "B"))
                 if A is None or B is None or len(A[1].shape) != 2 or len(B[1].shape) != 2:
                     raise ValueError(f"{shown(layer)}: it has options, but no A and B")
-                config = core.options_of(self.read(name))
+                config = options_of(self.read(name))
                 found[layer] = (A[1].shape[1], B[1].shape[0], config)
         if not found and any(name.endswith("anl.spline_weight") for name in self.places):
             way = "inject with the options they were trained with, then model.load_state_dict"

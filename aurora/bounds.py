@@ -133,7 +133,7 @@ def _compose(
     times = _certificate.product
     s, once = layer.scaling, x if layer.static else 1.0
     q = (s, c.up, upstream)
-    slope = (s, c.image) if layer.static else (s, c.up, c.jacobian, c.down)
+    slope = (s, *c.image) if layer.static else (s, c.up, c.jacobian, c.down)
     by_parameter = {
         "A": times(*q, c.jacobian, x),
         "B": times(s, c.spread, once, upstream),
@@ -142,7 +142,7 @@ def _compose(
     }
     gradients = {"x": times(*slope, upstream)}
     gradients |= {name: by_parameter[name.rpartition(".")[2]] for name in layer.names}
-    return Certificate(c.value, c.jacobian, times(s, c.image, once), times(*slope), gradients)
+    return Certificate(c.value, c.jacobian, times(s, *c.image, once), times(*slope), gradients)
 
 
 class UnboundedWarning(UserWarning):

@@ -85,7 +85,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     _refuse_flat(view)
     header = Header.of(view)
     tensors = {name: _gathered(p) for name, p in adapter_state_dict(model).items()}
-    broken = [n for n in view.adapter() if not tensors[n].isfinite().all()]
+    floats = [name for name in view.adapter() if tensors[name].dtype in _FLOATS]
+    broken = [shown(name) for name in floats if not tensors[name].isfinite().all()]
     if broken:
         raise ValueError("\n".join(_listed("NaN or infinity, nothing was saved:", broken)))
     if _rank() == 0:
@@ -196,7 +197,7 @@ def _listed(title: str, lines: Iterable[str]) -> list[str]:
     """A title and the lines under it, the first twenty; nothing if there are none."""
     found = list(lines)
     more = [f"  and {len(found) - _MOST} more"] if len(found) > _MOST else []
-    return [title, *(f"  {line}" for line in found[:_MOST]), *more] if found else []
+    return [title, *(f"  {line:.500}" for line in found[:_MOST]), *more] if found else []
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -27,7 +27,6 @@ import math
 import re
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import (
     TYPE_CHECKING,
@@ -146,22 +145,6 @@ class AuroraConfig:
         """1 / h, the inverse of the knot spacing."""
         return self.grid_size / (self.grid_range[1] - self.grid_range[0])
 
-    @classmethod
-    def from_json(cls, found: Any) -> AuroraConfig:
-        """The options of `dataclasses.asdict`, after JSON. ValueError unless each is there."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        given = set(found) if isinstance(found, dict) else set()
-        if given != names or found["alpha"] is None:
-            odd = ", ".join(sorted(map(repr, given ^ names))) or "'alpha'"
-            raise ValueError(f"every option must be given, and no other; see {odd:.200}")
-        return cls(**found)
-
-    def differences(self, other: AuroraConfig) -> list[str]:
-        """The options by which the two compute different functions; the rest is for training."""
-        names = (field.name for field in dataclasses.fields(self))
-        shared = [name for name in names if name not in ("dropout", "init", "projections")]
-        return [name for name in shared if getattr(self, name) != getattr(other, name)]
-
 
 def _rules(c: AuroraConfig) -> Iterator[tuple[str, bool, str]]:
     """(option, whether its value will do, what is allowed), the rank first."""
@@ -218,24 +201,6 @@ def _configure(rank: int | AuroraConfig, options: Mapping[str, Any]) -> AuroraCo
     if isinstance(rank, AuroraConfig):
         return dataclasses.replace(rank, **options)
     return AuroraConfig(rank, **options)
-
-
-def strict_json(text: bytes | str) -> Any:
-    """Read JSON in UTF-8. ValueError also for a key that stands there twice, NaN and infinity."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key of the JSON stands there twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    text = text if isinstance(text, str) else text.decode()
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("the JSON is nested too deeply") from error
 
 
 # ---- sigma: the definition ------------------------------------------------------------------
@@ -404,20 +369,26 @@ class ANL(nn.Module):
         """Nothing: options are compared before any value is copied, and never changed."""
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
-        # State dicts of 0.1.0 have no options: those of the model are taken for theirs.
+        # State dicts of 0.1.0 have no options: the model's are taken for theirs.
         given = state.setdefault(f"{prefix}_extra_state", self.get_extra_state())
-        if not getattr(given, "is_meta", False):
-            try:
-                other = options_of(given)
-                unlike = self.config.differences(other)
-            except ValueError as error:
-                args[-1].append(f"{prefix}_extra_state: {error}")
-            else:
-                for name in unlike:
-                    theirs, ours = getattr(other, name), getattr(self.config, name)
-                    where = prefix.removesuffix(".") or "the ANL"
-                    args[-1].append(f"{where}: {name} is {theirs} in the state dict, {ours} here")
+        if not getattr(given, "is_meta", False) and (unlike := self._unlike(given)):
+            args[-1].append(f"{prefix.removesuffix('.') or 'the ANL'}: {unlike}")
         super()._load_from_state_dict(state, prefix, *args)
+
+    def _unlike(self, state: Any) -> str:
+        """How the options in a state dict differ, but for those that matter in training only."""
+        ours = dataclasses.asdict(self.config)
+        try:  # an average of equal state dicts may have made floats of the bytes
+            theirs = json.loads(bytes(map(round, state.tolist())))
+            other = dataclasses.asdict(AuroraConfig(**theirs))
+            if theirs.keys() != ours.keys():
+                return "its options are not all given"
+        except (AttributeError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
+            return f"its options cannot be read: {error}"
+        odd = [
+            k for k in ours if ours[k] != other[k] and k not in ("dropout", "init", "projections")
+        ]
+        return "; ".join(f"{k} is {other[k]} in the state dict, {ours[k]} here" for k in odd)
 
     def forward(self, z: Tensor, scale: float = 1.0, columns: bool = False) -> Tensor:
         """`scale * sigma(z)` for z (..., r), or (r, N) if columns. ValueError for other input."""
@@ -452,17 +423,6 @@ class ANL(nn.Module):
         )
 
 
-def options_of(state: Any) -> AuroraConfig:
-    """The options in what `ANL.get_extra_state` made. ValueError if they cannot be read."""
-    if not isinstance(state, Tensor) or state.dim() != 1 or state.numel() > 10_000:
-        raise ValueError("it does not hold the options of an adapter")
-    try:  # an average of equal state dicts may have made floats of the bytes
-        data = bytes(map(round, state.tolist()))
-    except (TypeError, OverflowError) as error:
-        raise ValueError("it does not hold the options of an adapter") from error
-    return AuroraConfig.from_json(strict_json(data))
-
-
 # ---- The adapted layer ----------------------------------------------------------------------
 
 
@@ -483,8 +443,9 @@ class AuroraLinear(nn.Module):
     it stays the same object with the same tensors and hooks, `isinstance(layer, nn.Linear)` holds,
     and in a state dict the base's tensors keep their names. Beside them stand `A` (r, in_features),
     Kaiming-uniform(a = sqrt 5); `B` (out_features, r), zero, so that the output starts as the
-    base's, bit for bit; `anl.H`, `anl.spline_weight`; float32, or float64 over a float64 base. The
-    output has the dtype of the base's output.
+    base's, bit for bit; `anl.H`, `anl.spline_weight`; float32, or float64 over a float64 base; and,
+    in the state dict only, the options, as `anl._extra_state`. The output has the dtype of the
+    base's output.
 
     Args:
         layer: An `nn.Linear`, GPT-2's `Conv1D`, or any module that computes a linear map and has
@@ -1163,36 +1124,29 @@ def static_merge(model: nn.Module) -> list[str]:
         weight = layer.merged_weight(layer.static_update())
         if not weight.isfinite().all():
             raise ValueError(f"merging would put NaN or infinity into {join(name, 'weight')}")
-        merged[layer] = nn.Parameter(weight, layer.weight.requires_grad)
+        merged[layer] = merged_parameter(weight, layer.weight.requires_grad)
     with unchanged_on_error(model):
         for layer, parameter in merged.items():
             layer._parameters["weight"] = parameter
         remove(model)
-        mark_merged(merged)
     return list(found)
 
 
-# A merged model holds nothing of ours, so that what this process merged is remembered here: the
-# layers' weights, and PyTorch's counts of what has been written into them.
-_MERGED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, int]] = weakref.WeakKeyDictionary()
-
-
-def mark_merged(merged: Iterable[nn.Module]) -> None:
-    """Remember that these layers' weights have adapters merged into them."""
-    for layer in merged:
-        weight = cast(Tensor, layer.weight)
-        _MERGED[layer] = weakref.ref(weight), _writes(weight)
+def merged_parameter(weight: Tensor, requires_grad: bool) -> nn.Parameter:
+    """A weight with an adapter merged into it, which `is_merged` knows until it is changed."""
+    parameter = nn.Parameter(weight, requires_grad)
+    parameter._aurora_merged = _version(parameter)  # type: ignore[attr-defined]
+    return parameter
 
 
 def is_merged(layer: nn.Module) -> bool:
-    """Whether a merge in this process made the layer's weight, and nothing has changed it since."""
-    ref, writes = _MERGED.get(layer, (None, 0))
+    """Whether a merge made the layer's weight, and nothing has changed it since."""
     weight = layer._parameters.get("weight")
-    return ref is not None and weight is not None and ref() is weight and _writes(weight) == writes
+    return weight is not None and getattr(weight, "_aurora_merged", None) == _version(weight)
 
 
-def _writes(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 # ---- Less memory in training ----------------------------------------------------------------

@@ -320,7 +320,6 @@ def merge(
             _write(plan)
         if chosen:
             core.remove(model, [plan.layer for plan in chosen])
-            core.mark_merged(plan.layer for plan in chosen)
     undo.merged(plan.row.name for plan in chosen)
     return MergeReport([plan.row for plan in plans], undo)
 
@@ -368,7 +367,7 @@ def _plan(
 
 def _write(plan: _Plan) -> None:
     layer, trains = plan.layer, plan.layer.weight.requires_grad
-    layer._parameters["weight"] = nn.Parameter(plan.weight, trains)
+    layer._parameters["weight"] = core.merged_parameter(plan.weight, trains)
     if plan.offset is None:
         return
     if plan.row.bias and "_aurora" in layer.__dict__:  # was not there when inject took its notes

@@ -394,9 +394,9 @@ def meaning(results: Results, field: Field) -> list[str]:
     lora, ours = field.lora.name, field.recommended.name
     paper, large = field.paper.name, field.large.name
     gaps = [difference(results[name], results[lora]) for name in (ours, paper)]
-    score = f"accuracy of {ours} minus that of {lora}: {gaps[0]}; of {paper}: {gaps[1]}"
+    score = f"accuracy minus that of {lora}: {ours} {gaps[0]}; {paper} {gaps[1]}"
     changes = [f"{name} {changed(results[name])}" for name in (lora, ours, paper)]
-    merge = f"points of accuracy that merging changes: {'; '.join(changes)}"
+    merge = f"change of accuracy in points once merged: {'; '.join(changes)}"
     counts = {name: runs[0].adapter for name, runs in results.items()}
     ratio = median_ratio(seconds_of(results), ours, lora)
     cost = (
@@ -414,7 +414,7 @@ def difference(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
     clear = "clearly better" if mean > 0 else "clearly worse"
     if abs(mean) <= 2 * error:
         clear = "no clear difference"
-    return f"{mean:+.1f} ± {error:.1f} points, {clear}"
+    return f"{mean:+.1f} ± {error:.1f} points ({clear})"
 
 
 def changed(runs: Sequence[Result]) -> str:
@@ -441,7 +441,7 @@ def draw(path: Path, results: Results, window: int = 10) -> None:
                     right.plot(scores.accuracy, i, mark, color=f"C{i}", label=merge or "trained")
         left.set(xlabel="step", ylabel=f"training loss, mean of {window} steps")
         left.legend(fontsize="small")
-        right.set(xlabel="held-out accuracy: o trained, x static merge, + calibrated merge")
+        right.set(xlabel="held-out accuracy: o trained, x merged statically, + calibrated")
         right.set_yticks(range(len(results)), list(results))
         right.invert_yaxis()
 
@@ -513,6 +513,7 @@ def main(argv: Sequence[str]) -> None:
         print(sweep(task, field, SWEEP, steps))
         return
     results = run(task, field, options.seeds, steps)
+    print("writing the table and the picture", file=sys.stderr)
     shown, told = table(results, field.lora.name), meaning(results, field)
     draw(options.out / "finetune.png", results)
     setting, reading = explain(options, task, steps)

@@ -33,6 +33,8 @@ from benchmarks.lab.methods import (
     HEAD,
     HEAD_RATE,
     LANGUAGE_MODEL,
+    LOOKED,
+    WARM,
     Place,
     Sample,
     groups,
@@ -47,6 +49,7 @@ from benchmarks.lab.settings import (
     FINALIST,
     INSIDE,
     LANGUAGE,
+    LONG,
     PAIRED,
     QUICK,
     RECOMMENDED,
@@ -73,10 +76,11 @@ class Run(NamedTuple):
     """All that fixes a run.
 
     side: "development", "held-out", "diagnosis", which is development with measurements inside the
-    model, or "language". method: a setting's name. corpus: "all" for the four mixed, else one, for
-    the language model. texts: at most so many of a corpus to learn from. held: at most so many of
-    a corpus to be judged by. start: "own", or "shared", where all methods start with the same A,
-    so that differences tell methods apart and not draws.
+    model, "long", which is development with many steps, or "language". method: a setting's name.
+    corpus: "all" for the four mixed, else one, for the language model. texts: at most so many of a
+    corpus to learn from. held: at most so many of a corpus to be judged by. start: "own", or
+    "shared", where all methods start with the same A, so that differences tell methods apart and
+    not draws.
     """
 
     side: str
@@ -242,6 +246,7 @@ class Plan(NamedTuple):
     try_steps: int = 60
     try_texts: int = 500
     try_held: int = 250
+    long_steps: int = 1000
     names: tuple[str, ...] = ()
 
     def chosen(self) -> dict[str, Setting]:
@@ -269,8 +274,14 @@ class Plan(NamedTuple):
         amount = (self.steps * SETTINGS[name].length, self.texts, self.held)
         return Run("held-out", name, lr, "all", seed, *amount, "shared")
 
+    def longer(self, name: str, lr: float, seed: int = 0) -> Run:
+        """A long run on the development fold, half a decade below the rate of the short ones."""
+        lower = min(map(rate, range(LOWEST, HIGHEST)), key=lambda r: abs(math.log(r * 3.2 / lr)))
+        amount = (self.long_steps, self.texts, self.held)
+        return Run("long", name, lower, "all", seed, *amount, "shared")
 
-QUICK_PLAN = Plan(10, 100, 60, 4, 60, 30, taking_part(QUICK))
+
+QUICK_PLAN = Plan(10, 100, 60, 4, 60, 30, 20, taking_part(QUICK))
 
 
 def rate(i: int) -> float:
@@ -339,12 +350,12 @@ def compared(setting: Setting) -> bool:
     return not setting.seeds or PAIRED in setting.parts or AGAINST in setting.parts
 
 
-def pending(plan: Plan, lines: Lines, language: bool = False) -> Iterator[Run]:
+def pending(plan: Plan, lines: Lines, language: bool = False, long: bool = False) -> Iterator[Run]:
     """Runs without a line that can start, in order of their use.
 
     Sweeps first; then a second seed of the settings that are compared on development, a look inside
     some, and pairs from the same start; then the held-out folds, seed by seed; then, if asked for,
-    the language model.
+    longer runs and the language model.
     """
     later: list[Run] = []
     ready: dict[str, float] = {}
@@ -366,9 +377,15 @@ def pending(plan: Plan, lines: Lines, language: bool = False) -> Iterator[Run]:
     for seed in range(5):
         judges = {name: lr for name, lr in ready.items() if seed < SETTINGS[name].seeds}
         later += [plan.judge(name, lr, seed) for name, lr in judges.items()]
+    if long:
+        later += [plan.longer(name, lr) for name, lr in ready.items() if _is_long(name)]
     if language:
         later += language_runs(lines)
     yield from (run for run in later if run.key not in lines)
+
+
+def _is_long(name: str) -> bool:
+    return LONG in SETTINGS[name].parts
 
 
 def language_runs(lines: Lines) -> Iterator[Run]:
@@ -556,6 +573,20 @@ def _paired(gap: np.ndarray) -> str:
     return f"{gap.mean():+.4f} ± {error:.4f}"
 
 
+def long_table(lines: Lines) -> str:
+    """Scores on the development fold after many steps."""
+    rows = []
+    for r in lines.values():
+        if r["side"] == "long":
+            scores = [f"{100 * r[score]:.2f}" for score in ("accuracy", "pearson")]
+            count = f"{r['adapter']:,}"
+            rows.append(
+                [r["method"], count, f"{r['lr']:g}", r["steps"], f"{r['loss']:.4f}", *scores]
+            )
+    header = ["longer training, development", "parameters", "rate", "steps", "loss"]
+    return markdown_table([*header, "accuracy", "Pearson"], rows)
+
+
 def verdict(found: Judged) -> list[str]:
     """What the recommended setting reached, in words made from the numbers."""
     told, ours = [], found.get(RECOMMENDED)
@@ -612,11 +643,18 @@ def report(out: Path, plan: Plan, lines: Lines) -> Path:
         parts += [pairs_table(lines)]
     if any(r["side"] == "diagnosis" for r in lines.values()):
         parts += ["## Inside the model", diagnosis_table(lines)]
+    if any(r["side"] == "long" for r in lines.values()):
+        parts += ["## Longer training", READING_LONG, long_table(lines)]
     if any(r["side"] == "language" for r in lines.values()):
         parts += ["## A language model", READING_LANGUAGE, language_table(lines)]
     title, where = "What each method learns with its parameters", records.machines(lines.values())
     return write_report(out, "learning", title, parts, measured_on=where)
 
+
+READING_LONG = (
+    "On the development fold, one seed, the same A for methods that draw it, each half a decade "
+    "below its rate for the short runs; all texts of the fold count alike."
+)
 
 READING_LANGUAGE = (
     "All linear layers adapted, editorials, one seed, the same A for methods of a rank, each at "
@@ -640,7 +678,11 @@ def explain(plan: Plan) -> str:
         "in percent, means over the corpora; the error of an accuracy counts texts (paired in "
         'differences) and seeds, that of Pearson\'s correlation seeds only. "try": settings that '
         'were only compared on development; "biases too": the adapted layers\' own biases train '
-        "beside the adapter. On held-out texts all methods of a seed start with the same A."
+        "beside the adapter. On held-out texts all methods of a seed start with the same A. "
+        f'"gradient" and "fixed": the head is trained alone for {WARM} steps, then the gradient is '
+        f"looked at for {LOOKED} steps to set A (and B); these steps are taken off the budget, so "
+        f"that the adapter trains for {plan.steps - WARM - LOOKED}. The former take the rate that "
+        "was chosen for the method without the look."
     )
 
 
@@ -652,6 +694,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = command.parser("learning", __doc__, "a few methods, texts and steps")
     command.add_runs(parser)
     told = "also SmolLM2-135M (needs the extra `language`)"
+    many = "also long runs of the main contenders"
+    parser.add_argument("--long", action="store_true", help=many)
     parser.add_argument("--language", action="store_true", help=told)
     return command.parse(parser, argv)
 
@@ -662,7 +706,7 @@ def main(argv: Sequence[str]) -> None:
     plan, path = QUICK_PLAN if options.quick else Plan(), options.out / "learning.jsonl"
 
     def ready(lines: Lines) -> Iterator[Run]:
-        return pending(plan, lines, options.language)
+        return pending(plan, lines, options.language, options.long)
 
     lines = records.gather(path, options, ready, perform)
     if not judged(plan, lines):

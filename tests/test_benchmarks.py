@@ -357,9 +357,9 @@ def made_up(hits: str, static: float, calibrated: float | None = None) -> list[f
 @pytest.mark.parametrize(
     ("ours", "told"),
     [
-        ("1" * 90 + "0" * 10, "+40.0 ± 4.9 points, clearly better"),
-        ("1" * 50 + "0" * 50, "+0.0 ± 0.0 points, no clear difference"),
-        ("1" * 10 + "0" * 90, "-40.0 ± 4.9 points, clearly worse"),
+        ("1" * 90 + "0" * 10, "+40.0 ± 4.9 points (clearly better)"),
+        ("1" * 50 + "0" * 50, "+0.0 ± 0.0 points (no clear difference)"),
+        ("1" * 10 + "0" * 90, "-40.0 ± 4.9 points (clearly worse)"),
     ],
 )
 def test_the_last_lines_say_what_the_numbers_say(ours: str, told: str) -> None:

@@ -516,6 +516,17 @@ def test_bounds_by_hand_with_the_identity_for_activation():
     assert bounds.certify(layer).output == math.inf
 
 
+def test_a_certificate_does_not_underflow_on_the_way():
+    """B sigma(A) is below the least float64 number, and a large gradient brings it back."""
+    layer = AuroraLinear(
+        nn.Linear(1, 1, dtype=torch.float64), 1, mode="static", alpha=1.0, learnable=False
+    )
+    nn.init.constant_(layer.B, 1e-300)
+    nn.init.constant_(layer.A, 1e-30)
+    nn.init.ones_(layer.anl.H)
+    assert bounds.certify(layer, 1.0, 1e35).gradients["x"] == pytest.approx(1e-295)
+
+
 @pytest.mark.parametrize(("x", "upstream"), [(-1.0, 1.0), (math.nan, 1.0), (1.0, -2.0)])
 def test_norms_are_checked(x, upstream):
     with pytest.raises(ValueError, match="is a norm and cannot be"):

@@ -188,6 +188,7 @@ ENTRIES = {
     "shape negative": {"shape": [-2, -12]},
     "shape too large": {"shape": [25]},
     "shape of a thousand": {"shape": [1] * 1_000},
+    "many dimensions": {"shape": [2, 12] + [1] * 100},
     "dtype": {"dtype": "F16"},
     "dtype unknown": {"dtype": "F4"},
     "dtype as a list": {"dtype": ["F32"]},
@@ -207,6 +208,20 @@ def test_hostile_places(tmp_path, case):
     text = json.dumps(header, separators=(",", ":")).encode()
     path.write_bytes(seal(struct.pack("<Q", len(text)) + text + data[8 + length :]))
     refused(make_model(), path, "damaged|unknown type")
+
+
+def test_a_shape_that_no_tensor_can_have(tmp_path):
+    path = tmp_path / "a.safetensors"
+    aurora.save(trained(), path)
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    end = len(data) - 8 - length
+    for shape in ([0, 2**62, 2**62], [2**62, 0]):
+        header["x"] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        path.write_bytes(seal(struct.pack("<Q", len(text)) + text + data[8 + length :]))
+        refused(make_model(), path, "no tensor can have|expected no such tensor")
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int32, torch.float8_e4m3fn])

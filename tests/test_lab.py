@@ -10,12 +10,14 @@ import pytest
 from test_house import broken_rules
 
 import benchmarks
+from benchmarks import __main__ as command
 from benchmarks import approximation, learning, merging
 from benchmarks.lab import needs, records, settings
 
 ROOM = Path(benchmarks.__file__).parent
 RESULTS = ROOM.parent / "docs" / "results"
-STUDIES = [*(path.stem for path in ROOM.glob("[!_]*.py")), "curves"]
+FILES = sorted(ROOM.rglob("*.py"))
+STUDIES = list(command.catalogue())
 KEPT = {"approximation": approximation, "learning": learning, "merging": merging}
 
 
@@ -37,11 +39,16 @@ def imported(source: str, package: str) -> set[str]:
 
 def trespasses(source: str, own: str, package: str = "benchmarks") -> set[str]:
     """The studies that a source imports, other than its own."""
-    others = {f"benchmarks.{name}" for name in STUDIES if name != own}
-    return imported(source, package) & others
+    named = {name.split(".")[1] for name in imported(source, package) if "benchmarks." in name}
+    return {f"benchmarks.{name}" for name in named.intersection(STUDIES) - {own}}
 
 
-@pytest.mark.parametrize("path", sorted(ROOM.rglob("*.py")), ids=lambda path: path.stem)
+def place(path: Path) -> str:
+    """A file by its path under `benchmarks`."""
+    return str(path.relative_to(ROOM))
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
 def test_no_study_is_imported_by_another_or_by_the_lab(path: Path) -> None:
     package = ".".join(path.relative_to(ROOM.parent).parent.parts)
     own = path.relative_to(ROOM).parts[0].removesuffix(".py")
@@ -54,6 +61,7 @@ def test_no_study_is_imported_by_another_or_by_the_lab(path: Path) -> None:
         "from benchmarks import learning",
         "import benchmarks.learning as l",
         "from benchmarks.learning import Plan",
+        "from benchmarks.learning.plan import Plan",
         "from . import learning",
         "def f():\n    from .learning import Plan",
     ],
@@ -63,7 +71,7 @@ def test_a_study_that_imports_another_is_noticed(source: str) -> None:
     assert trespasses(source, "learning") == set()
 
 
-@pytest.mark.parametrize("path", sorted(ROOM.rglob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=place)
 def test_benchmarks_can_be_read(path: Path) -> None:
     assert broken_rules(path.read_text(encoding="utf-8")) == []
 

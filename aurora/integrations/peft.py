@@ -25,13 +25,13 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aurora import core
+from aurora._header import differences
 
 try:
     import peft
@@ -139,6 +139,15 @@ class AuroraPeftConfig(peft.PeftConfig):
         )
         own = {name: getattr(self, name) for name in _OPTIONS}
         return core.AuroraConfig(r, alpha, **own)
+
+
+class _Adapter(NamedTuple):
+    """What `core.AuroraLinear.add_adapter` reads of a layer."""
+
+    A: Tensor
+    B: Tensor
+    anl: core.ANL
+    training: bool
 
 
 class AuroraTunerLinear(nn.Module, BaseTunerLayer):
@@ -260,17 +269,8 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         return out
 
     def _adapted(self, out: Tensor, x: Tensor, name: str) -> Tensor:
-        """`out + s B sigma(A x)`, as `core.AuroraLinear.add_adapter` computes it."""
-        config, (A, B, anl) = self.configs[name], self.parts(name)
-        x = F.dropout(x, config.dropout, self.training)
-        if config.mode == "static":
-            down = anl(A.t(), config.scaling).t()  # (r, in_features)
-            y = F.linear(x, down.to(x.dtype)).reshape(-1, config.rank)  # (N, r)
-        else:
-            z = F.linear(x, A.to(x.dtype)).reshape(-1, config.rank)  # (N, r)
-            y = anl(z, config.scaling)  # (N, r)
-        up = B.t().to(out.dtype).contiguous()  # (r, out_features)
-        return torch.addmm(out.reshape(-1, self.out_features), y.to(out.dtype), up).view_as(out)
+        adapter: Any = _Adapter(*self.parts(name), self.training)
+        return core.AuroraLinear.add_adapter(adapter, out, x)
 
     def as_ours(self, adapter_name: str) -> core.AuroraLinear:
         """The base with one adapter as our own layer: a view of the same tensors, nothing moves."""
@@ -386,10 +386,10 @@ class AuroraTuner(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names is for inference: call model.eval() first")
-        known = {name for layer in self._layers().values() for name in layer.configs} | {"__base__"}
+        known = {"__base__"}.union(*(layer.configs for layer in self._layers().values()))
         if unknown := sorted(set(names) - known):
             raise ValueError(
-                f"adapter_names has {', '.join(unknown)}; the model has {', '.join(known)}"
+                f"adapter_names has {', '.join(unknown)}; the model has {', '.join(sorted(known))}"
             )
         hook = functools.partial(_pass_names, list(names), _copies(kwargs))
         with contextlib.ExitStack() as undo:
@@ -514,7 +514,8 @@ def _pass_names(
     rows = len(args[0] if args else next(iter(kwargs.values())))
     if rows not in (len(names), copies * len(names)):
         raise ValueError(f"adapter_names has {len(names)} names, and a layer got {rows} rows")
-    repeated = [name for name in names for _ in range(rows // len(names))]
+    times = rows // len(names)
+    repeated = [names[row // times] for row in range(rows)]
     return args, {**kwargs, "adapter_names": repeated}
 
 
@@ -542,9 +543,9 @@ def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[
         ValueError: If no adapter of ours trains.
     """
     layers = [m for m in model.modules() if isinstance(m, AuroraTunerLinear)]
-    inside = dict.fromkeys(p for layer in layers for p in layer.aurora_anl.parameters())
-    nonlinear = [p for p in inside if p.requires_grad]
-    others = [p for p in model.parameters() if p.requires_grad and p not in inside]
+    inside = set(nn.ModuleList(layer.aurora_anl for layer in layers).parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    nonlinear, others = [p for p in trained if p in inside], [p for p in trained if p not in inside]
     if not nonlinear:
         raise ValueError("the model has no AuroRA adapter that trains")
     slow: dict[str, Any] = {"params": others, "lr": lr}
@@ -588,8 +589,9 @@ def _take_out(tuner: AuroraTuner, name: str) -> nn.Module:
     if any(layer.merged for layer in layers.values()):
         raise ValueError("some adapters are merged: unmerge_adapter() first")
     tuner.set_adapter(name)
-    heads = _heads(tuner.model, name)
-    kept = [core.join(key, n) for key, head in heads.items() for n, _ in head.named_parameters()]
+    kept = []
+    for key, head in _heads(tuner.model, name).items():
+        kept += [core.join(key, n) for n, _ in head.named_parameters()]
     base: nn.Module = tuner.unload()
     for config in dict.fromkeys(layer.configs[name] for layer in layers.values()):
         same = {key for key, layer in layers.items() if layer.configs[name] == config}
@@ -732,7 +734,7 @@ def _misfits(
             wrong.append(f"{key}: {theirs} in the file, {ours} in the model")
     for name, layer in model.named_modules():
         if isinstance(layer, AuroraTunerLinear) and adapter_name in layer.configs:
-            unlike = layer.configs[adapter_name].differences(config.options(name))
+            unlike = differences(layer.configs[adapter_name], config.options(name))
             if unlike:
                 wrong.append(f"{name}: other options in the file: {', '.join(unlike)}")
             if adapter_name in layer.merged_adapters:

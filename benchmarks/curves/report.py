@@ -98,7 +98,7 @@ def cell(record: Record | None, unit: float) -> str:
 
 def table(group: Mapping[Row, Errors], unit: float) -> str:
     """Methods by number of examples; errors times `unit`."""
-    counts = sorted({examples for row in group.values() for examples in row})
+    counts = sorted(set().union(*group.values()))
     rows = []
     for (method, place), found in group.items():
         some = next(iter(found.values()))

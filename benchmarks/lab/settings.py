@@ -19,6 +19,7 @@ AGAINST = "against"  # what others are compared with
 INSIDE = "inside"  # where its hidden values go is measured
 LANGUAGE = "language"  # learnt by the language model too
 QUICK = "quick"  # what --quick runs
+LONG = "long"  # what --long trains longer
 
 RECOMMENDED = "AuroRA r=2 recommended"  # the guide's, as it was when its lines were written
 BIASED = f"{RECOMMENDED}, biases too"
@@ -72,7 +73,7 @@ FAST = {ANL: 10.0}
 LOOK = ("head warmed", "gradient")  # both are paid for with steps of the budget
 FIXED = GRID_4 | {"projections": "fixed", "init": "zero", "activation": "identity"}
 LINEAR_CORE = FIXED | {"learnable": False}
-LORA_PARTS = (PAIRED, AGAINST, LANGUAGE, QUICK)
+LORA_PARTS = (PAIRED, AGAINST, LANGUAGE, QUICK, LONG)
 AURORA_PARTS = (PAIRED, INSIDE, LANGUAGE, QUICK)
 
 # name, kind, rank, options, starts, rates
@@ -82,7 +83,7 @@ JUDGED = (
     Setting("LoRA r=1", "lora", 1),
     Setting("LoRA r=2", "lora", 2, seeds=5, parts=LORA_PARTS),
     Setting("LoRA r=4", "lora", 4),
-    Setting("LoRA r=8", "lora", 8, seeds=5, parts=(AGAINST, LANGUAGE, QUICK)),
+    Setting("LoRA r=8", "lora", 8, seeds=5, parts=(AGAINST, LANGUAGE, QUICK, LONG)),
     Setting("LoRA r=16", "lora", 16),
     Setting("MoSLoRA r=2", "lora", 2, {"mixer": True}),
     Setting("PEFT LoRA r=2", "peft", 2),
@@ -103,7 +104,16 @@ JUDGED = (
     Setting("AuroRA r=2 without L", "aurora", 2, {"learnable": False}),
     Setting("AuroRA r=2 LeakyReLU", "aurora", 2, {"activation": "leaky_relu"}),
     Setting("AuroRA r=2 sigmoid", "aurora", 2, {"activation": "sigmoid"}),
-    Setting("LoRA r=2, gradient", "lora", 2, {}, LOOK, seeds=5, rate_of="LoRA r=2"),
+    Setting(
+        "LoRA r=2, gradient",
+        "lora",
+        2,
+        {},
+        LOOK,
+        seeds=5,
+        rate_of="LoRA r=2",
+        parts=(LONG,),
+    ),
     Setting("LoRA r=8, gradient", "lora", 8, {}, LOOK, seeds=5, rate_of="LoRA r=8"),
     Setting(
         "AuroRA r=2, gradient",
@@ -114,6 +124,7 @@ JUDGED = (
         FAST,
         seeds=5,
         rate_of=RECOMMENDED,
+        parts=(LONG,),
     ),
     Setting("AuroRA r=32 fixed", "aurora", 32, FIXED, LOOK, seeds=5, sweep=(-11, -10, -9)),
 )
