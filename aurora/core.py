@@ -55,7 +55,7 @@ Activation: TypeAlias = Literal["tanh", "leaky_relu", "sigmoid", "identity"]
 Init: TypeAlias = Literal["paper", "identity", "zero"]
 Projections: TypeAlias = Literal["trained", "fixed"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "leaky_relu": F.leaky_relu,
     "sigmoid": torch.sigmoid,
@@ -243,7 +243,7 @@ def sigma(
     H (r, r) and w, the spline weights (r, n), are None where the configuration leaves them out.
     All tensors have one dtype, float32 or float64.
     """
-    activation = ACTIVATIONS[config.activation]
+    activation = _ACTIVATIONS[config.activation]
     out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
     if w is None:
         return scale * out
@@ -345,7 +345,7 @@ class ANL(nn.Module):
         elif w is not None:  # weight g at its knot average: the straight line (docs/theory.md, 6)
             places = torch.arange(w.shape[1], dtype=torch.float64, device="cpu")  # (n,)
             places -= (c.spline_order - 1) / 2
-            constant = 0.0 if H is None else ACTIVATIONS[c.activation](torch.zeros(()))  # F, H = 0
+            constant = 0.0 if H is None else _ACTIVATIONS[c.activation](torch.zeros(()))  # F, H = 0
             w.copy_((c.grid_range[0] + places / c.cells_per_unit - constant).expand(c.rank, -1))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ANL:
@@ -381,7 +381,9 @@ class ANL(nn.Module):
         try:  # an average of equal state dicts may have made floats of the bytes
             theirs = json.loads(bytes(map(round, state.tolist())))
             other = dataclasses.asdict(AuroraConfig(**theirs))
-        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            if theirs.keys() != ours.keys():
+                return "its options are not all given"
+        except (AttributeError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
             return f"its options cannot be read: {error}"
         odd = [
             k for k in ours if ours[k] != other[k] and k not in ("dropout", "init", "projections")
@@ -396,7 +398,7 @@ class ANL(nn.Module):
             raise ValueError(f"{wanted}, got {z.dtype} of shape {tuple(z.shape)}")
         if columns:
             return self.columns(z, scale)
-        return self.columns(z.reshape(-1, r).t().contiguous(), scale).t().reshape(z.shape)
+        return self.columns(z.reshape(-1, r).t(), scale).t().reshape(z.shape)
 
     def columns(self, z: Tensor, scale: float = 1.0) -> Tensor:
         """`scale * sigma` of every column of z (r, N) -> (r, N)."""
@@ -407,7 +409,8 @@ class ANL(nn.Module):
         if grid.one.dtype != dtype or grid.one.device != z.device:  # a wider input, or assigned
             grid = Grid.of(self.config, dtype, z.device)
         H, w = as_dtype(self.H, dtype), as_dtype(self.spline_weight, dtype)
-        out = self.evaluate(as_dtype(z, dtype), H, w, grid, self.config, scale)  # (r, N)
+        wide = as_dtype(z, dtype).contiguous()  # long rows
+        out = self.evaluate(wide, H, w, grid, self.config, scale)  # (r, N)
         return cast(Tensor, as_dtype(out, z.dtype))
 
     def extra_repr(self) -> str:
@@ -440,8 +443,9 @@ class AuroraLinear(nn.Module):
     it stays the same object with the same tensors and hooks, `isinstance(layer, nn.Linear)` holds,
     and in a state dict the base's tensors keep their names. Beside them stand `A` (r, in_features),
     Kaiming-uniform(a = sqrt 5); `B` (out_features, r), zero, so that the output starts as the
-    base's, bit for bit; `anl.H`, `anl.spline_weight`; float32, or float64 over a float64 base. The
-    output has the dtype of the base's output.
+    base's, bit for bit; `anl.H`, `anl.spline_weight`; float32, or float64 over a float64 base; and,
+    in the state dict only, the options, as `anl._extra_state`. The output has the dtype of the
+    base's output.
 
     Args:
         layer: An `nn.Linear`, GPT-2's `Conv1D`, or any module that computes a linear map and has
@@ -525,13 +529,10 @@ class AuroraLinear(nn.Module):
         c = anl.config
         if c.dropout:
             x = F.dropout(x, c.dropout, self.training)
-        x = x.reshape(-1, A.shape[1])  # (N, in_features)
-        if c.mode == "static":
-            down = anl(A, c.scaling, columns=True)  # (r, in_features)
-            y = F.linear(x, as_dtype(down, x.dtype))  # (N, r)
-        else:
-            z = as_dtype(A, x.dtype) @ x.t()  # (r, N): long rows, which sigma likes
-            y = anl(z, c.scaling, columns=True).t()  # (N, r)
+        down = anl(A, c.scaling, columns=True) if c.mode == "static" else A  # (r, in_features)
+        y = F.linear(x, as_dtype(down, x.dtype)).reshape(-1, c.rank)  # (N, r), z if dynamic
+        if c.mode == "dynamic":
+            y = anl(y.t(), c.scaling, columns=True).t()
         up = as_dtype(B, out.dtype).t()  # (r, out_features)
         if torch.is_grad_enabled():  # the narrow products of the backward are several times faster
             up = up.contiguous()
@@ -1223,7 +1224,7 @@ def scaled_product(like: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
 
 def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of z (r, N) and H (r, r) through F."""
-    activation = ACTIVATIONS[ctx.config.activation]
+    activation = _ACTIVATIONS[ctx.config.activation]
     derivative = _DERIVATIVES[ctx.config.activation]
     inner = activation(z)  # (r, N)
     outer = derivative(grad, activation(H @ inner))  # (r, N)
@@ -1255,13 +1256,16 @@ def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tens
 ALL_BUMPS = Way(sigma, sigma_backward)
 
 
-def sigma_with_less_memory(z: Tensor, *rest: Any, way: Way = ALL_BUMPS) -> Tensor:
+def sigma_with_less_memory(
+    z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float, way: Way = ALL_BUMPS
+) -> Tensor:
     """`sigma` in one of the ways, all of which give the same numbers but for rounding."""
     if torch.compiler.is_compiling():  # a compiler derives and fuses by itself
-        return sigma(z, *rest)
+        return sigma(z, H, w, grid, c, scale)
     if not torch.is_grad_enabled():  # there is nothing to keep
-        return way.forward(z, *rest)
-    return cast(Tensor, _Sigma.apply(z, *rest, way))  # type: ignore[no-untyped-call]
+        return way.forward(z, H, w, grid, c, scale)
+    out = _Sigma.apply(z, H, w, grid, c, scale, way)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out)
 
 
 ANL.evaluate = staticmethod(sigma_with_less_memory)  # type: ignore[arg-type]

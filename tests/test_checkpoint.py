@@ -303,6 +303,11 @@ def test_a_state_dict_has_the_options_and_is_checked_against_them():
     for odd in (torch.zeros(3), torch.tensor(1), torch.full((9,), math.inf), plain[:-1], plain + 1):
         with pytest.raises(RuntimeError, match=r"0\.anl: its options cannot be read"):
             trained(alpha=5.0).load_state_dict(state | {key: odd})
+    options = json.loads(bytes(plain.tolist()))
+    del options["mode"]  # whose default is ours
+    part = torch.tensor(list(json.dumps(options).encode()))
+    with pytest.raises(RuntimeError, match=r"0\.anl: its options are not all given"):
+        trained(alpha=5.0).load_state_dict(state | {key: part})
     with torch.device("meta"):
         assert trained(alpha=5.0).state_dict()[key].device.type == "cpu"
 

@@ -25,10 +25,9 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aurora import core
@@ -140,6 +139,15 @@ class AuroraPeftConfig(peft.PeftConfig):
         )
         own = {name: getattr(self, name) for name in _OPTIONS}
         return core.AuroraConfig(r, alpha, **own)
+
+
+class _Adapter(NamedTuple):
+    """What `core.AuroraLinear.add_adapter` reads of a layer."""
+
+    A: Tensor
+    B: Tensor
+    anl: core.ANL
+    training: bool
 
 
 class AuroraTunerLinear(nn.Module, BaseTunerLayer):
@@ -261,17 +269,8 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         return out
 
     def _adapted(self, out: Tensor, x: Tensor, name: str) -> Tensor:
-        """`out + s B sigma(A x)`, as `core.AuroraLinear.add_adapter` computes it."""
-        config, (A, B, anl) = self.configs[name], self.parts(name)
-        x = F.dropout(x, config.dropout, self.training)
-        if config.mode == "static":
-            down = anl(A.t(), config.scaling).t()  # (r, in_features)
-            y = F.linear(x, down.to(x.dtype)).reshape(-1, config.rank)  # (N, r)
-        else:
-            z = F.linear(x, A.to(x.dtype)).reshape(-1, config.rank)  # (N, r)
-            y = anl(z, config.scaling)  # (N, r)
-        up = B.t().to(out.dtype).contiguous()  # (r, out_features)
-        return torch.addmm(out.reshape(-1, self.out_features), y.to(out.dtype), up).view_as(out)
+        adapter: Any = _Adapter(*self.parts(name), self.training)
+        return core.AuroraLinear.add_adapter(adapter, out, x)
 
     def as_ours(self, adapter_name: str) -> core.AuroraLinear:
         """The base with one adapter as our own layer: a view of the same tensors, nothing moves."""

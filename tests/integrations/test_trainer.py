@@ -1,5 +1,6 @@
 """transformers' Trainer over adapters: what it saves, resumes from, calls best, and leaves out."""
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -7,6 +8,7 @@ import transformers
 
 import aurora
 from aurora import core
+from aurora.integrations.peft import AuroraPeftConfig, parameter_groups
 from aurora.integrations.transformers import AdapterCheckpoints, reference
 
 WHOLE = {"config.json", "generation_config.json"}
@@ -65,6 +67,40 @@ def test_training_resumes_exactly(tmp_path, kind):
     assert fresh.state.global_step == 6
     for name, tensor in state(model).items():
         assert torch.equal(tensor, wanted[name]), name
+
+
+def test_training_under_peft_resumes_exactly(tmp_path):
+    """Trainer knows PEFT models by itself, and ours among them."""
+
+    def start(folder):
+        config = AuroraPeftConfig(target_modules=["q_proj", "v_proj"], dropout=0.1)
+        model = peft.get_peft_model(llama(), config)
+        arguments = transformers.TrainingArguments(
+            str(folder),
+            max_steps=6,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            report_to="none",
+            use_cpu=True,
+        )
+        optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+        made = transformers.Trainer(
+            model, arguments, train_dataset=data(), optimizers=(optimizer, None)
+        )
+        return made, model
+
+    whole, model = start(tmp_path / "whole")
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    whole.train()
+    wanted = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    assert not any(torch.equal(wanted[name], before[name]) for name in wanted)
+    assert "model.safetensors" not in {
+        path.name for path in (tmp_path / "whole/checkpoint-6").iterdir()
+    }
+    fresh, model = start(tmp_path / "whole")
+    fresh.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    found = dict(model.named_parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def test_a_checkpoint_holds_the_adapter_alone(tmp_path):
