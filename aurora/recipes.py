@@ -94,8 +94,8 @@ def start_from_gradient(
 
     Args:
         model: One with adapters that have not been trained; its gradients may be scaled.
-        ridge: What is added to C, in units of the mean of its diagonal. The fewer the data, the more
-            of the directions found is noise; with a hundred texts 1 told more about fresh ones.
+        ridge: What is added to C, in units of the mean of its diagonal. With few data much of what
+            is found is noise; with a hundred texts 1 told more about fresh ones.
         chunk: Layers to look at in one pass over the loop; all if None.
 
     Yields:
