@@ -34,14 +34,9 @@ def evaluate(
     scale: float,
 ) -> Tensor:
     """`core.sigma`, z (r, N) -> (r, N), whichever way is faster."""
-    few = torch.compiler.is_compiling() or is_few(z, config)
-    way = core.ALL_BUMPS if few else NEAR_BUMPS
-    return core.sigma_with_less_memory(z, H, w, grid, config, scale, way=way)
-
-
-def is_few(z: Tensor, c: AuroraConfig) -> bool:
-    """Whether `core.sigma` is the better way: there are few numbers, or no bumps at all."""
-    return not c.learnable or all_bumps(c) * z.numel() <= FEW
+    if torch.compiler.is_compiling() or w is None or all_bumps(config) * z.numel() <= FEW:
+        return core.sigma_with_less_memory(z, H, w, grid, config, scale)
+    return core.sigma_with_less_memory(z, H, w, grid, config, scale, NEAR_BUMPS)
 
 
 def all_bumps(c: AuroraConfig) -> int:

@@ -398,7 +398,7 @@ class ANL(nn.Module):
             raise ValueError(f"{wanted}, got {z.dtype} of shape {tuple(z.shape)}")
         if columns:
             return self.columns(z, scale)
-        return self.columns(z.reshape(-1, r).t().contiguous(), scale).t().reshape(z.shape)
+        return self.columns(z.reshape(-1, r).t(), scale).t().reshape(z.shape)
 
     def columns(self, z: Tensor, scale: float = 1.0) -> Tensor:
         """`scale * sigma` of every column of z (r, N) -> (r, N)."""
@@ -409,7 +409,8 @@ class ANL(nn.Module):
         if grid.one.dtype != dtype or grid.one.device != z.device:  # a wider input, or assigned
             grid = Grid.of(self.config, dtype, z.device)
         H, w = as_dtype(self.H, dtype), as_dtype(self.spline_weight, dtype)
-        out = self.evaluate(as_dtype(z, dtype), H, w, grid, self.config, scale)  # (r, N)
+        wide = as_dtype(z, dtype).contiguous()  # long rows
+        out = self.evaluate(wide, H, w, grid, self.config, scale)  # (r, N)
         return cast(Tensor, as_dtype(out, z.dtype))
 
     def extra_repr(self) -> str:
@@ -528,13 +529,10 @@ class AuroraLinear(nn.Module):
         c = anl.config
         if c.dropout:
             x = F.dropout(x, c.dropout, self.training)
-        x = x.reshape(-1, A.shape[1])  # (N, in_features)
-        if c.mode == "static":
-            down = anl(A, c.scaling, columns=True)  # (r, in_features)
-            y = F.linear(x, as_dtype(down, x.dtype))  # (N, r)
-        else:
-            z = as_dtype(A, x.dtype) @ x.t()  # (r, N): long rows, which sigma likes
-            y = anl(z, c.scaling, columns=True).t()  # (N, r)
+        down = anl(A, c.scaling, columns=True) if c.mode == "static" else A  # (r, in_features)
+        y = F.linear(x, as_dtype(down, x.dtype)).reshape(-1, c.rank)  # (N, r), z if dynamic
+        if c.mode == "dynamic":
+            y = anl(y.t(), c.scaling, columns=True).t()
         up = as_dtype(B, out.dtype).t()  # (r, out_features)
         if torch.is_grad_enabled():  # the narrow products of the backward are several times faster
             up = up.contiguous()
@@ -1258,13 +1256,16 @@ def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tens
 ALL_BUMPS = Way(sigma, sigma_backward)
 
 
-def sigma_with_less_memory(z: Tensor, *rest: Any, way: Way = ALL_BUMPS) -> Tensor:
+def sigma_with_less_memory(
+    z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float, way: Way = ALL_BUMPS
+) -> Tensor:
     """`sigma` in one of the ways, all of which give the same numbers but for rounding."""
     if torch.compiler.is_compiling():  # a compiler derives and fuses by itself
-        return sigma(z, *rest)
+        return sigma(z, H, w, grid, c, scale)
     if not torch.is_grad_enabled():  # there is nothing to keep
-        return way.forward(z, *rest)
-    return cast(Tensor, _Sigma.apply(z, *rest, way))  # type: ignore[no-untyped-call]
+        return way.forward(z, H, w, grid, c, scale)
+    out = _Sigma.apply(z, H, w, grid, c, scale, way)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out)
 
 
 ANL.evaluate = staticmethod(sigma_with_less_memory)  # type: ignore[arg-type]

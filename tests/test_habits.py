@@ -108,6 +108,13 @@ def test_every_session_that_a_workflow_or_a_document_names_exists() -> None:
     assert named <= sessions
 
 
+def test_no_document_holds_both_sides_of_a_merge() -> None:
+    for path in [*ROOT.glob("*.*"), *(ROOT / "docs").glob("*.*")]:
+        if path.suffix in (".md", ".cfg", ".yml", ".py", ".cff", ".in"):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            assert not [line for line in lines if line.startswith(("<<<<<<< ", ">>>>>>> "))], path
+
+
 def test_every_link_between_documents_leads_somewhere() -> None:
     broken = []
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
