@@ -94,8 +94,8 @@ def start_from_gradient(
 
     Args:
         model: One with adapters that have not been trained; its gradients may be scaled.
-        ridge: What is added to C, in units of the mean of its diagonal. The fewer the data, the more
-            of the directions found is noise; with a hundred texts 1 told more about fresh ones.
+        ridge: What is added to C, in units of the mean of its diagonal. The fewer the data, the
+            more of the directions is noise: with less than some hundred samples, try 1.
         chunk: Layers to look at in one pass over the loop; all if None.
 
     Yields:
@@ -464,16 +464,23 @@ def start_as_identity(model: nn.Module) -> None:
             layer.anl.start_as_identity()
 
 
-def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float | None = None, factor: float = 10.0
+) -> list[dict[str, Any]]:
     """Groups for any torch optimizer: the nonlinear layers at a rate and decay of their own.
 
     H and the spline weights train at `factor * lr` without weight decay, which would pull them away
-    from the identity; all else that trains does so at `lr`. Together the groups hold every
-    parameter of `aurora.parameters(model)` once.
+    from the identity; all else that trains does so at `lr`. Between fixed projections, where they
+    are the whole adapter, they train at `lr`. Together the groups hold every parameter of
+    `aurora.parameters(model)` once.
 
     Args:
         model: One with adapters.
         lr: The learning rate of A, B and whatever `train=` kept, as one would choose it for LoRA.
+            None means `8e-3 / sqrt(rank)`, or `17e-3 / sqrt(rank)` with fixed projections, the
+            least over the layers. Over 150 steps that was within a factor of 1.6 of the best rate
+            for LoRA of ranks 1 to 16 and for the recommended setting of ranks 2 and 8
+            (docs/benchmarks.md). Longer runs want less, the paper's setting up to twice as much.
         factor: At 1, H and the spline weights, which are not as small as the entries of A and B,
             hardly move in a short fine-tuning.
 
@@ -483,12 +490,22 @@ def parameter_groups(model: nn.Module, lr: float, factor: float = 10.0) -> list[
     Raises:
         ValueError: The model has no adapters, or `lr` or `factor` is not finite and above 0.
     """
+    found = core.layers(model).values()
+    if lr is None:
+        lr = min(_rate(layer) for layer in found)
     for name, value in (("lr", lr), ("factor", factor)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be finite and above 0, got {value!r}")
-    found = core.layers(model).values()
-    every = itertools.chain.from_iterable(layer.anl.parameters() for layer in found)
-    nonlinear = list(dict.fromkeys(every))
-    others = [p for p in core.parameters(model) if p not in set(nonlinear)]
-    slow: dict[str, Any] = {"params": others, "lr": lr}
-    return [slow, {"params": nonlinear, "lr": factor * lr, "weight_decay": 0.0}]
+    rates: dict[nn.Parameter, float] = {}
+    for layer in found:
+        rates |= dict.fromkeys(layer.anl.parameters(), lr if _fixed(layer) else factor * lr)
+    others = [p for p in core.parameters(model) if p not in rates]
+    groups: list[dict[str, Any]] = [{"params": others, "lr": lr}] if others else []
+    for rate in dict.fromkeys(rates.values()):
+        nonlinear = [p for p in rates if rates[p] == rate]
+        groups.append({"params": nonlinear, "lr": rate, "weight_decay": 0.0})
+    return groups
+
+
+def _rate(layer: core.AuroraLinear) -> float:
+    return (17e-3 if _fixed(layer) else 8e-3) / math.sqrt(layer.config.rank)

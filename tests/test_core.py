@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from support import disturb, everything
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -62,36 +63,6 @@ IDS = torch.arange(10).reshape(2, 5)
 def encoder(seed=0) -> Encoder:
     torch.manual_seed(seed)
     return Encoder()
-
-
-def disturb(model: nn.Module, scale=0.5) -> None:
-    """Give every adapter values as after training."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for p in aurora.parameters(model):
-            p.add_(scale * torch.randn(p.shape, generator=generator).to(p.dtype))
-
-
-def snapshot(model: nn.Module):
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return (
-        modules,
-        {n: (p, p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()},
-        dict(model.__dict__),
-    )
-
-
-def assert_unchanged(model: nn.Module, before) -> None:
-    modules, parameters, attributes = before
-    now = dict(model.named_modules(remove_duplicate=False))
-    assert now.keys() == modules.keys()
-    assert all(now[n] is m for n, m in modules.items())
-    for name, p in model.named_parameters():
-        same, value, required = parameters[name]
-        assert p is same
-        assert torch.equal(p, value)
-        assert p.requires_grad == required
-    assert model.__dict__.keys() == attributes.keys()
 
 
 # ---- one layer ----
@@ -257,10 +228,10 @@ def test_a_quantised_base_trains_and_is_not_merged():
     disturb(model)
     model(x.float()).sum().backward()
     assert model[0].A.grad.abs().sum() > 0
-    before = snapshot(model)
+    before = everything(model)
     with pytest.raises(ValueError, match=r"0\.weight is quantised.*plain copy"):
         core.static_merge(model)
-    assert_unchanged(model, before)
+    assert everything(model) == before
 
 
 @pytest.mark.parametrize(
@@ -374,10 +345,10 @@ def test_errors_leave_the_model_as_it_was(case):
     regex, options, error, match = ERRORS[case]
     model = encoder()
     model.embed.requires_grad_(False)
-    before = snapshot(model)
+    before = everything(model)
     with pytest.raises(error, match=match):
         aurora.inject(model, regex, **options)
-    assert_unchanged(model, before)
+    assert everything(model) == before
 
 
 def test_injecting_twice():
@@ -385,12 +356,12 @@ def test_injecting_twice():
     aurora.inject(model, "query", train=r"head\.out\.2")
     disturb(model)
     expected = model(IDS)
-    before = snapshot(model)
+    before = everything(model)
     with pytest.raises(
         ValueError, match=r"blocks.0.query is adapted already: aurora.remove\(model\) first"
     ):
         aurora.inject(model, "query|value")
-    assert_unchanged(model, before)
+    assert everything(model) == before
     aurora.inject(model, "value", rank=1)  # other layers are welcome
     assert torch.equal(model(IDS), expected)
     assert len(core.layers(model)) == 4
@@ -488,10 +459,10 @@ def test_layers_that_never_run_are_refused():
         (nn.TransformerEncoderLayer(8, 2), "linear1"),
         (nn.TransformerDecoderLayer(8, 2), "multihead_attn.out_proj"),
     ):
-        before = snapshot(model)
+        before = everything(model)
         with pytest.raises(ValueError, match="bypasses its adapter"):
             aurora.inject(model, regex)
-        assert_unchanged(model, before)
+        assert everything(model) == before
 
 
 def test_layers_that_run_are_not_refused():
@@ -586,14 +557,14 @@ def test_disabled_is_the_base_model(name):
 def test_remove_gives_back_what_was_there():
     model = encoder()
     model.embed.requires_grad_(False)
-    before = snapshot(model)
+    before = everything(model)
     aurora.inject(model, "query", train="embed")
     assert model.embed.weight.requires_grad
     disturb_only_adapters = core.layers(model).values()
     for layer in disturb_only_adapters:
         nn.init.normal_(layer.B)
     aurora.remove(model)
-    assert_unchanged(model, before)
+    assert everything(model) == before
     with pytest.raises(ValueError, match="no AuroRA adapters"):
         aurora.remove(model)
     aurora.inject(model, "query")
@@ -650,10 +621,10 @@ def test_merge_refuses_what_would_harm():
     model = Tied()
     aurora.inject(model, "head|inner")
     disturb(model)
-    before = snapshot(model)
+    before = everything(model)
     with pytest.raises(ValueError, match=r"head\.weight is tied to another module"):
         core.static_merge(model)
-    assert_unchanged(model, before)
+    assert everything(model) == before
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
     with torch.no_grad():
         model.inner.A[0, 0] = float("nan")
@@ -696,7 +667,7 @@ def test_loading_a_misfit_lists_everything_and_writes_nothing():
     del state["blocks.0.query.A"]
     state["blocks.1.query.B"] = torch.ones(8, 3)
     state["elsewhere"] = torch.ones(1)
-    before = snapshot(model)
+    before = everything(model)
     with pytest.raises(ValueError, match="nothing was loaded") as error:
         aurora.load_adapter_state_dict(model, state)
     for line in (
@@ -705,7 +676,7 @@ def test_loading_a_misfit_lists_everything_and_writes_nothing():
         "elsewhere: given (1,), the model has nothing",
     ):
         assert line in str(error.value)
-    assert_unchanged(model, before)
+    assert everything(model) == before
 
 
 def test_copies_and_pickles():

@@ -11,14 +11,19 @@ from test_house import broken_rules
 
 import benchmarks
 from benchmarks import __main__ as command
-from benchmarks import approximation, learning, merging
+from benchmarks import approximation, curves, learning, merging
 from benchmarks.lab import needs, records, settings
 
 ROOM = Path(benchmarks.__file__).parent
 RESULTS = ROOM.parent / "docs" / "results"
 FILES = sorted(ROOM.rglob("*.py"))
 STUDIES = list(command.catalogue())
-KEPT = {"approximation": approximation, "learning": learning, "merging": merging}
+KEPT = {
+    "approximation": approximation,
+    "curves": curves,
+    "learning": learning,
+    "merging": merging,
+}
 
 
 # --- The house ------------------------------------------------------------------------------------

@@ -450,6 +450,19 @@ def test_a_longer_setting_trains_longer_and_the_others_as_they_did(
         assert long == usual._replace(method=longer.name, steps=4 * usual.steps)
 
 
+def test_long_runs_are_asked_for_and_half_a_decade_slower() -> None:
+    lines = lines_of(VALLEY) | lines_of(BROAD, full=True)
+    assert not any(run.side == "long" for run in learning.pending(FEW, lines))
+    long = [run for run in learning.pending(FEW, lines, long=True) if run.side == "long"]
+    assert [run.method for run in long] == ["LoRA r=2", "LoRA r=2, gradient"]  # at LoRA's rate
+    run = long[0]
+    assert (run.lr, run.steps, run.start) == (1e-3, 1000, "shared")
+    made = {run.key: {**run._asdict(), "adapter": 7, "loss": 1, "accuracy": 0.5, "pearson": 0.25}}
+    cells = learning.long_table(made).replace("|", " ").split()
+    assert cells[-8:] == ["LoRA", "r=2", "7", "0.001", "1000", "1.0000", "50.00", "25.00"]
+    assert run not in learning.pending(FEW, lines | made, long=True)
+
+
 def test_the_language_model_is_asked_for() -> None:
     assert not any(run.side == "language" for run in learning.pending(FEW, {}))
     runs = [run for run in learning.pending(FEW, {}, language=True) if run.side == "language"]

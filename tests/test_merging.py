@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import everything
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,25 +68,6 @@ def make_identity(model: nn.Module) -> None:
                 torch.arange(c.grid_size + c.spline_order) + (1 - c.spline_order) / 2
             )
             layer.anl.spline_weight.copy_(places.expand_as(layer.anl.spline_weight))
-
-
-def state(model: nn.Module):
-    return {n: (p, p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}, dict(
-        model.named_modules(remove_duplicate=False)
-    )
-
-
-def assert_same(model: nn.Module, before) -> None:
-    tensors, modules = before
-    now = dict(model.named_parameters())
-    assert now.keys() == tensors.keys()
-    for name, (p, value, required) in tensors.items():
-        assert now[name] is p
-        assert torch.equal(p, value) or p.isnan().any()
-        assert p.requires_grad == required, name
-    found = dict(model.named_modules(remove_duplicate=False))
-    assert found.keys() == modules.keys()
-    assert all(found[n] is m for n, m in modules.items())
 
 
 # ---- exactness ----
@@ -359,14 +341,14 @@ def test_merging_leaves_the_random_state_alone():
 def test_collecting_leaves_the_model_alone():
     model = trained(dropout=0.3).train()
     model.head.eval()
-    before, hooks = state(model), [len(m._forward_pre_hooks) for m in model.modules()]
+    before, hooks = everything(model), [len(m._forward_pre_hooks) for m in model.modules()]
     for given_batches in (batches(2), [(b,) for b in batches(2)], [{"x": b} for b in batches(2)]):
         found = merging.collect(model, given_batches)
         assert found["first"].count == 56
     assert model.training
     assert not model.head.training
     assert hooks == [len(m._forward_pre_hooks) for m in model.modules()]
-    assert_same(model, before)
+    assert everything(model) == before
     with pytest.raises(RuntimeError):
         merging.collect(model, [torch.randn(3, 5)])
     assert model.training
@@ -380,7 +362,7 @@ def test_collecting_leaves_the_model_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merge_and_unmerge(method, dtype):
     model = trained(dtype)
-    before, x = state(model), batches(1, dtype, seed=4)[0]
+    before, x = everything(model), batches(1, dtype, seed=4)[0]
     dynamic = model(x)
     report = merging.merge(model, method, batches(dtype=dtype), bias=True)
     assert report.merged == ["first", "second", "third"]
@@ -394,7 +376,7 @@ def test_merge_and_unmerge(method, dtype):
     with pytest.raises(ValueError, match="never injected, or merged"):
         merging.merge(model, method, batches(dtype=dtype), bias=True)
     report.unmerge()
-    assert_same(model, before)
+    assert everything(model) == before
     assert torch.equal(model(x), dynamic)
     assert set(aurora.adapter_state_dict(model)) > {"first.A", "head.weight"}
     with pytest.raises(ValueError, match="undone already"):
@@ -436,7 +418,7 @@ def test_tolerance_keeps_the_worst_dynamic():
     errors = {layer.name: layer.errors["calibrated"] for layer in probe.layers}
     worst = max(errors, key=errors.get)
     limit = sorted(errors.values())[1]
-    before = state(model)
+    before = everything(model)
     dynamic = model(x)
     report = merging.merge(model, "calibrated", batches(), tolerance=limit)
     assert report.dynamic == [worst]
@@ -444,7 +426,7 @@ def test_tolerance_keeps_the_worst_dynamic():
     assert list(core.layers(model)) == [worst]
     assert any(p.requires_grad for p in aurora.parameters(model))
     report.unmerge()
-    assert_same(model, before)
+    assert everything(model) == before
     assert torch.equal(model(x), dynamic)
     assert merging.merge(model, "calibrated", batches(), tolerance=0.0).dynamic == [
         "first",
@@ -487,20 +469,20 @@ BAD = {
 def test_errors_leave_the_model_as_it_was(case):
     arguments, options, match = BAD[case]
     model = trained()
-    before = state(model)
+    before = everything(model)
     with pytest.raises(ValueError, match=match):
         merging.merge(model, *arguments, **options)
-    assert_same(model, before)
+    assert everything(model) == before
 
 
 def test_nothing_is_merged_if_one_layer_would_overflow():
     model = trained(torch.float16)
     with torch.no_grad():
         model.third.B.fill_(1e6)
-    before = state(model)
+    before = everything(model)
     with pytest.raises(ValueError, match="NaN or infinity into third"):
         merging.merge(model, "linear")
-    assert_same(model, before)
+    assert everything(model) == before
 
 
 def test_quantised_and_tied_weights_are_refused():
@@ -542,10 +524,10 @@ def test_a_changed_model_is_not_unmerged():
     model = trained()
     report = merging.merge(model)
     model.first.weight = nn.Parameter(model.first.weight.detach().clone())
-    before = state(model)
+    before = everything(model)
     with pytest.raises(ValueError, match="first is no longer as the merge left it"):
         report.unmerge()
-    assert_same(model, before)
+    assert everything(model) == before
 
 
 def test_a_merged_model_holds_nothing_of_ours():
@@ -815,10 +797,10 @@ def test_both_merges_refuse_the_same():
     masked = nn.Sequential(Masked(4, 4), nn.Linear(4, 4))
     aurora.inject(masked, "0")
     for act in (aurora.merge, core.static_merge):
-        before = state(masked)
+        before = everything(masked)
         with pytest.raises(ValueError, match=r"computes more than x W\^T \+ b"):
             act(masked)
-        assert_same(masked, before)
+        assert everything(masked) == before
 
 
 def test_unmerge_returns_adapters_in_the_mode_of_the_model():

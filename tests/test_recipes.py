@@ -463,6 +463,29 @@ def test_fixed_projections_then_learn_through_sigma_alone() -> None:
         loss(model).backward()
 
 
+# --- Rates ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8])
+def test_rates_follow_the_rank(rank: int) -> None:
+    slow, fast = aurora.parameter_groups(build(rank=rank))
+    assert slow["lr"] == pytest.approx(8e-3 / rank**0.5)
+    assert fast["lr"] == pytest.approx(8e-2 / rank**0.5)
+    assert "weight_decay" not in slow
+    assert fast["weight_decay"] == 0
+
+
+def test_between_fixed_projections_sigma_has_the_rate_itself() -> None:
+    model = build(rank=4, **FIXED)
+    head, sigma = aurora.parameter_groups(model, 1e-3)
+    assert head["lr"] == sigma["lr"] == 1e-3
+    assert {*head["params"], *sigma["params"]} == set(aurora.parameters(model))
+    assert aurora.parameter_groups(model)[0]["lr"] == pytest.approx(8.5e-3)
+    torch.manual_seed(0)
+    aurora.inject(net := nn.Sequential(nn.Linear(4, 4)), "0", 4, **FIXED)  # nothing else trains
+    assert len(aurora.parameter_groups(net)) == 1
+
+
 # --- Roughness -----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import disturb
 
 import aurora
 from aurora import core
@@ -91,11 +92,6 @@ def build(name, **options):
     done = aurora.inject(model, regex, **options)
     assert len(done.layers) == count
     return model, inputs, plain
-
-
-def disturb(model):
-    for layer in core.layers(model).values():
-        torch.nn.init.normal_(layer.B, std=0.1)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -26,6 +26,7 @@ PLACES = {
     "back": r"^back$",
 }
 GRID: dict[str, Any] = {"grid_size": 10, "grid_range": (-2.0, 2.0)}
+WIDE: dict[str, Any] = {"grid_size": 15, "grid_range": (-3.0, 3.0)}  # as far as colours go
 BEND: dict[str, Any] = {"spline": "per-channel", "init": "identity", "fixed": False, **GRID}
 
 
@@ -188,13 +189,13 @@ def relu(rank: int) -> Callable[[Situation], nn.Module]:
 class Warp(nn.Module):
     """`z + sum_j S_j(read_j z) write_j`, splines along given directions; S_j starts at 0.
 
-    read, write: (m, d).
+    read, write: (m, d). grid: of the splines.
     """
 
-    def __init__(self, read: Tensor, write: Tensor) -> None:
+    def __init__(self, read: Tensor, write: Tensor, grid: Mapping[str, Any]) -> None:
         super().__init__()
         options: dict[str, Any] = {"spline": "per-channel", "init": "zero", "fixed": False}
-        self.anl = aurora.ANL(len(read), **options, **GRID)
+        self.anl = aurora.ANL(len(read), **options, **grid)
         self.read = nn.Parameter(read, requires_grad=False)
         self.write = nn.Parameter(write, requires_grad=False)
 
@@ -222,7 +223,8 @@ def warp(knows: bool) -> Callable[[Situation], nn.Module]:
         baselines.freeze(at.model, "(?!)")
         every = torch.eye(at.read.shape[1])
         read, write = (at.read, at.write) if knows else (every, every)
-        setattr(at.model, at.place.strip("^$"), Warp(read, write))
+        name = at.place.strip("^$")
+        setattr(at.model, name, Warp(read, write, WIDE if name == "back" else GRID))
         return at.model
 
     return prepare

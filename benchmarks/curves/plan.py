@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from benchmarks.curves.runs import Run
 
@@ -33,7 +33,7 @@ TONES: tuple[Who, ...] = (
 )
 
 
-MANY = {"AuroRA r=4": 10, "warp, every input": 10, "warp, told": 10}  # draws: near each other
+CLOSE = ("AuroRA r=4", "warp, every input", "warp, told")  # near each other: more draws
 PARTS = (
     "AuroRA r=4, one start",
     "AuroRA r=4, no penalty",
@@ -55,30 +55,36 @@ RATINGS: tuple[Who, ...] = (
 )
 
 
-def plan(quick: bool = False) -> Iterator[Run]:
-    """All runs, or a few short ones."""
+def plan(quick: bool = False, more: bool = False) -> Iterator[Run]:
+    """All runs, or a few short ones; more: with further numbers of examples, and other sensors."""
     if quick:
         for method, place in (SWAP[0], SWAP[2], SWAP[4]):
             yield Run("swap", "motors", method, place, 256, draws=2, steps=300)
         return
     for examples in (256, 1024, 64):
-        for method, place in SWAP[:7]:
-            yield Run("swap", "motors", method, place, examples, draws=MANY.get(method, 5))
+        yield from motors(SWAP[:7], examples)
         for method, place in SWAP[:7]:
             yield Run("swap", "differential", method, place, examples)
         for method, place in TONES:
             yield Run("tones", "coffee", method, place, examples)
+    yield from motors(SWAP[7:], 256)
+    for method in PARTS:
+        yield Run("swap", "differential", method, "front", 256)
     for examples in (16, 64, 256):
         for world in ("products to movies", "movies to tweets"):
             for method, place in RATINGS:
                 yield Run("ratings", world, method, place, examples, draws=10)
-    for method, place in SWAP[7:]:
-        yield Run("swap", "motors", method, place, 256)
-    for method in PARTS:
-        yield Run("swap", "differential", method, "front", 256)
-    for examples in (32, 4096):
-        for method, place in SWAP[:5]:
-            yield Run("swap", "motors", method, place, examples, draws=MANY.get(method, 5))
-    for examples in (256, 1024):
-        for method, place in SWAP[:5]:
-            yield Run("swap", "sensors", method, place, examples)
+    if more:
+        for examples in (32, 4096):
+            yield from motors(SWAP[:5], examples)
+        for examples in (256, 1024):
+            for method, place in SWAP[:5]:
+                yield Run("swap", "sensors", method, place, examples)
+
+
+def motors(rows: Iterable[Who], examples: int) -> Iterator[Run]:
+    """Of the worn motors, where some methods are close."""
+    many = 20 if examples in (256, 1024) else 10
+    for method, place in rows:
+        draws = many if method in CLOSE and place == "front" else 5
+        yield Run("swap", "motors", method, place, examples, draws=draws)

@@ -4,6 +4,7 @@ import accelerate
 import pytest
 import torch
 import transformers
+from support import disturb
 
 import aurora
 from aurora import core
@@ -42,13 +43,6 @@ OFFLOAD = pytest.mark.parametrize("offload", OFFLOADS)
 @torch.no_grad()
 def answer(model):
     return model(input_ids=IDS).logits
-
-
-def disturb(model):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in aurora.parameters(model):
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
 
 
 def offloaded(model):

@@ -7,6 +7,7 @@ import tokenizers
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer, losses, models
+from support import disturb
 
 import aurora
 from aurora.integrations.transformers import AdapterCheckpoints
@@ -49,13 +50,6 @@ def load(folder):
 
 def encode(model):
     return torch.from_numpy(model.encode(TEXTS))
-
-
-def disturb(model):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in aurora.parameters(model):
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
 
 
 def test_saved_whole_it_is_read_as_the_base(folder, tmp_path):
