@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aurora import _many
 from aurora._certificate import Layer, frobenius, norm, product, times
 
 # --- Arithmetic ---------------------------------------------------------------------------------
@@ -147,22 +148,24 @@ class Rounding:
     # Sigma itself
 
     def bumps(self) -> tuple[float, float]:
-        """Errors of N and h N' in units: the terms of the closed form and of the distance.
+        """Errors of N and h N' in units: those of its terms and of the distance.
 
-        The distance to a centre is rounded relative to the larger of its two terms, and |N'| <= 1,
-        |N''| <= 2. The terms are largest at the centre.
+        The terms are those of the closed form, largest at the centre, or of the polynomials of
+        many points. The distance to a centre, or the place on a cell, is rounded relative to the
+        largest of its terms, and |N'| <= 1, |N''| <= 2.
         """
         c, k = self.layer.config, self.layer.config.spline_order
         distance = 2 * max(abs(end) for end in c.grid_range) * c.cells_per_unit + 3 * k
         terms = [(math.comb(k + 1, i), (k + 1) / 2 - i) for i in range(k // 2 + 1)]
         value = sum(b * t**k for b, t in terms) / math.factorial(k)
         slope = sum(b * t ** (k - 1) for b, t in terms) / math.factorial(k - 1)
+        value = max(value, *(sum(map(abs, piece)) for piece in _many.pieces(k)))
+        slope = max(slope, *(k * sum(map(abs, piece)) for piece in _many.slopes(k)))
         return value + distance, slope + 2 * distance
 
     def weights(self) -> Tensor:
-        """|w_j|_1 (r,); weights are multiplied by binomials over k! first, and may underflow."""
-        k_factorial = math.factorial(self.layer.config.spline_order)
-        return (self.layer.w.abs() + k_factorial * self.inner.tiny).sum(1)
+        """|w_j|_1 (r,); what underflows is taken for `tiny`."""
+        return (self.layer.w.abs() + self.inner.tiny).sum(1)
 
     @functools.cached_property
     def sigma(self) -> Tensor:
@@ -206,16 +209,15 @@ class Rounding:
     def largest(self) -> tuple[float, float, float]:
         """How much larger than the gradient at sigma the steps to those of z, H and w can get.
 
-        The powers in the closed form are divided by k! last, the scale may be multiplied first, and
-        the inverse spacing of knots last.
+        The scale may be multiplied first, and the inverse spacing of knots is last.
         """
         layer, k = self.layer, self.layer.config.spline_order
         s = max(1.0, layer.scaling)
-        powers = 2.0 * layer.count * layer.w.shape[1] * (k // 2 + 1) * ((k + 1) / 2) ** k
+        bumps, slopes = (layer.count * layer.w.shape[1] * each for each in self.bumps())
         inner = 1 + math.sqrt(self.columns) * float(norm(layer.reach))
         fixed = 1 + frobenius(layer.H)
-        spline = powers * max(1.0, k * layer.config.cells_per_unit) * frobenius(layer.w)
-        return s * (fixed + spline), s * inner, s * powers * math.sqrt(self.columns)
+        spline = slopes * max(1.0, k * layer.config.cells_per_unit) * frobenius(layer.w)
+        return s * (fixed + spline), s * inner, s * bumps * math.sqrt(self.columns)
 
     def through_sigma(self, q: Computed) -> dict[str, Computed]:
         """The gradients of z, H and spline_weight from that of s sigma(z)."""

@@ -459,7 +459,7 @@ def test_long_runs_are_asked_for_and_half_a_decade_slower() -> None:
     assert (run.lr, run.steps, run.start) == (1e-3, 1000, "shared")
     made = {run.key: {**run._asdict(), "adapter": 7, "loss": 1, "accuracy": 0.5, "pearson": 0.25}}
     cells = learning.long_table(made).replace("|", " ").split()
-    assert cells[-8:] == "LoRA r=2 7 0.001 1000 1.0000 50.00 25.00".split()
+    assert cells[-8:] == ["LoRA", "r=2", "7", "0.001", "1000", "1.0000", "50.00", "25.00"]
     assert run not in learning.pending(FEW, lines | made, long=True)
 
 

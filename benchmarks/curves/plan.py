@@ -55,8 +55,8 @@ RATINGS: tuple[Who, ...] = (
 )
 
 
-def plan(quick: bool = False) -> Iterator[Run]:
-    """All runs, or a few short ones."""
+def plan(quick: bool = False, more: bool = False) -> Iterator[Run]:
+    """All runs, or a few short ones; more: with further numbers of examples, and other sensors."""
     if quick:
         for method, place in (SWAP[0], SWAP[2], SWAP[4]):
             yield Run("swap", "motors", method, place, 256, draws=2, steps=300)
@@ -74,11 +74,12 @@ def plan(quick: bool = False) -> Iterator[Run]:
         for world in ("products to movies", "movies to tweets"):
             for method, place in RATINGS:
                 yield Run("ratings", world, method, place, examples, draws=10)
-    for examples in (32, 4096):
-        yield from motors(SWAP[:5], examples)
-    for examples in (256, 1024):
-        for method, place in SWAP[:5]:
-            yield Run("swap", "sensors", method, place, examples)
+    if more:
+        for examples in (32, 4096):
+            yield from motors(SWAP[:5], examples)
+        for examples in (256, 1024):
+            for method, place in SWAP[:5]:
+                yield Run("swap", "sensors", method, place, examples)
 
 
 def motors(rows: Iterable[Who], examples: int) -> Iterator[Run]:

@@ -111,7 +111,7 @@ def table(group: Mapping[Row, Errors], unit: float) -> str:
 
 
 def apart(group: Mapping[Row, Errors], ours: Row) -> tuple[dict[Row, Errors], dict[Row, Errors]]:
-    """(all that compete, ours first; ours again before its other settings, none if there are no)."""
+    """(all that compete, ours first; ours before its other settings, nothing if there are none)."""
     mine = {ours: group[ours]} if ours in group else {}
     variants = {row: found for row, found in group.items() if row[0].startswith("AuroRA")}
     others = {row: found for row, found in group.items() if row not in variants}
