@@ -96,7 +96,8 @@ def test_the_table_is_plain_values_whose_words_are_known() -> None:
         assert name == row.name
         assert row.kind in methods.KINDS
         assert set(row.starts) <= set(methods.STARTS)
-        assert set(row.parts) <= {FINALIST, PAIRED, AGAINST, INSIDE, LANGUAGE, settings.QUICK}
+        parts = {FINALIST, PAIRED, AGAINST, INSIDE, LANGUAGE, settings.QUICK, settings.LONG}
+        assert set(row.parts) <= parts
         json.dumps(dataclasses.asdict(row))
         if row.kind == "aurora":
             aurora.AuroraConfig(row.rank, **row.options)
