@@ -444,6 +444,15 @@ def test_a_checkpoint_of_a_part_is_found_in_the_whole_and_the_other_way(tmp_path
     assert aurora.load(torch.compile(make_model(), backend="eager"), tmp_path).left == ()
 
 
+def test_the_part_with_most_of_the_layers_is_taken(tmp_path):
+    whole, part = (nn.Sequential(*(nn.Linear(4, 4) for _ in range(n))) for n in (3, 2))
+    model = copy.deepcopy(whole)
+    aurora.inject(model, r"\d")
+    write_checkpoint(model, tmp_path)
+    fresh = nn.ModuleDict({"part": part, "whole": whole})
+    assert aurora.load(fresh, tmp_path).layers == ("whole.0", "whole.1", "whole.2")
+
+
 def test_layers_that_are_one_load_from_a_checkpoint_with_one_name_or_both(tmp_path):
     one = nn.Linear(12, 12)
     model = nn.ModuleDict({"a": one, "b": one})
