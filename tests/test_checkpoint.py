@@ -399,6 +399,8 @@ def test_odd_checkpoints_are_refused(tmp_path):
     key = "0.anl._extra_state"
     case("do not say their options", lambda s: {k: t for k, t in s.items() if "extra" not in k})
     case("has options, but no A and B", lambda s: {k: t for k, t in s.items() if k != "0.A"})
+    for own in ("0.A", "0.B"):
+        case("no A and B", lambda s, own=own: s | {own: s[own].flatten()})
     case("does not hold the options", lambda s: s | {key: torch.zeros(2, 2)})
     case("every option must be given", lambda s: s | {key: torch.tensor(list(b"{}")).byte()})
     case(r"0.anl.H: shape missing", lambda s: {k: t for k, t in s.items() if k != "0.anl.H"})
