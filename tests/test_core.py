@@ -290,6 +290,7 @@ def test_the_report_counts():
         "blocks.0.query",
         "8 -> 8",
         f"{done.trainable:,} of {done.total:,}",
+        f"parameters train ({done.trainable / done.total:.3%})",
         "2 layers adapted",
     ):
         assert fact in text
