@@ -181,8 +181,8 @@ def _told_ratio(group: Mapping[Row, Errors], ours: Row, examples: int) -> str:
 
 
 def draw(path: Path, groups: Mapping[tuple[str, str], Mapping[Row, Errors]]) -> None:
-    """Error against examples, one panel a world."""
-    shown = [key for key in THEMES if key in groups]
+    """Error against examples, one panel a world; ratings, where nothing bends, are left out."""
+    shown = [key for key in THEMES if key in groups and key[0] != "ratings"]
     with picture(path, columns=len(shown), height=4.5) as axes:
         for one, key in zip(axes, shown, strict=True):
             for row, found in groups[key].items():
