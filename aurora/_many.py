@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +59,18 @@ def forward(z: Tensor, *rest: Any) -> Tensor:
 def backward(ctx: Any, grad: Tensor, z: Tensor, H: Any, w: Tensor) -> tuple[Tensor | None, ...]:
     """`core.sigma_backward` in blocks, from the bumps that are not zero."""
     spline = None if ctx.config.spline_order == 1 else _spline_backward
-    size = block_size(z, ctx.config)
-    blocks = zip(torch.split(grad, size, 1), torch.split(z, size, 1), strict=True)
-    parts = [core.sigma_backward(ctx, g, part, H, w, spline) for g, part in blocks]
-    of_z, of_H, of_w = (list(each) for each in zip(*parts, strict=True))
-    total: Callable[[Any], Tensor] = functools.partial(functools.reduce, torch.add)
-    return torch.cat(of_z, 1), None if H is None else total(of_H), total(of_w)
+    size, of_z, others = block_size(z, ctx.config), [], None
+    for g, block in zip(torch.split(grad, size, 1), torch.split(z, size, 1), strict=True):
+        grad_z, *rest = core.sigma_backward(ctx, g, block, H, w, spline)
+        of_z.append(grad_z)
+        others = (
+            rest if others is None else [_plus(a, b) for a, b in zip(others, rest, strict=True)]
+        )
+    return torch.cat(cast(list[Tensor], of_z), 1), *cast(list[Tensor | None], others)
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if a is None or b is None else a + b
 
 
 def block_size(z: Tensor, c: AuroraConfig) -> int:

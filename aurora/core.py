@@ -434,6 +434,7 @@ class _Off(threading.local):
 
 
 _OFF = _Off()
+_OPEN: list[int] = []  # as long as there are blocks of `disabled`; old compilers read no _OFF
 
 
 class AuroraLinear(nn.Module):
@@ -472,7 +473,7 @@ class AuroraLinear(nn.Module):
     scaling = property(lambda self: self.anl.config.scaling, doc="s = alpha / r.")
     in_features = property(lambda self: self.A.shape[1], doc="The width of x.")
     out_features = property(lambda self: self.B.shape[0], doc="The width of the output.")
-    enabled = property(lambda self: not _OFF.depth.get(id(self)), doc="Not inside `disabled`.")
+    enabled = property(lambda self: not (_OPEN and _OFF.depth.get(id(self))), doc="Not disabled.")
 
     def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:
         """Adapt the layer itself, and return it."""
@@ -959,6 +960,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _shift(off: list[AuroraLinear], by: int) -> None:
+    _OPEN.append(by) if by > 0 else _OPEN.pop()
     depth = dict(_OFF.depth)
     for layer in off:
         depth[id(layer)] = depth.get(id(layer), 0) + by

@@ -211,7 +211,7 @@ class _Undo:
             if not plain or _written(layer) != self.written[name]:
                 told = "is no longer as the merge left it, so that the merge cannot be undone"
                 raise ValueError(f"{name or 'the model'} {told}")
-        if _state(self.model) != self.after:
+        if _state(self.model).key() != self.after.key():
             raise ValueError("what trains has changed since the merge, so that it cannot be undone")
         with core.unchanged_on_error(self.model):
             for name, layer in self.layers.items():
@@ -235,11 +235,8 @@ class _State(NamedTuple):
     required: list[tuple[nn.Parameter, bool]]
     notes: list[tuple[nn.Module, core.Note | None]]
 
-    def __eq__(self, other: object) -> bool:  # by identity: parameters compare elementwise
-        return isinstance(other, _State) and self.key() == other.key()
-
     def key(self) -> tuple[list[tuple[int, bool]], list[tuple[int, core.Note | None]]]:
-        """The same, of things that can be compared."""
+        """The same, for comparison: by identity, as parameters compare elementwise."""
         required = [(id(p), needed) for p, needed in self.required]
         return required, [(id(m), note) for m, note in self.notes]
 

@@ -763,6 +763,39 @@ def test_the_model_is_left_as_it_was(outcome, monkeypatch):
     torch.testing.assert_close(state(), before, rtol=0, atol=0)
 
 
+class InPlace(nn.Module):
+    """Writes into the layer's input and output once the layer has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+
+    def forward(self, x, in_place):
+        x = x.clone()
+        out = self.first(x)
+        if not in_place:
+            return 10.0 * out
+        x.zero_()
+        return out.mul_(10.0)
+
+
+def test_what_a_model_does_in_place_does_not_change_what_is_measured(monkeypatch):
+    model, original, measured = InPlace(), bounds.certify, []
+    aurora.inject(model, "first")
+    nn.init.normal_(model.first.B)
+
+    def certify(layer, x, upstream):
+        measured.append((x, upstream))
+        return original(layer, x, upstream)
+
+    monkeypatch.setattr(bounds, "certify", certify)
+    x = torch.randn(10, 6)
+    for in_place in (False, True):
+        bounds.assert_bounded(model, {"x": x, "in_place": in_place})
+    assert measured[0] == measured[1]
+    assert measured[0][0] == pytest.approx(float(norm(x).max()))
+
+
 def test_what_cannot_be_checked_is_an_error():
     model, x = net(), torch.randn(10, 6)
     with pytest.raises(ValueError, match="no AuroRA adapters"):
@@ -804,7 +837,8 @@ def test_report():
 
 
 def test_report_is_drawn():
-    matplotlib = pytest.importorskip("matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
     report = bounds.report_bounds(net(), torch.randn(10, 6))
     axes = report.plot()

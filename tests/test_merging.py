@@ -701,7 +701,13 @@ def altered_by_freezing(model):
     model.head.weight.requires_grad_(False)
 
 
-@pytest.mark.parametrize("alter", [altered_by_another_adapter, altered_by_freezing])
+def altered_by_another_head(model):
+    model.head.weight = nn.Parameter(torch.ones(7, model.head.in_features))
+
+
+@pytest.mark.parametrize(
+    "alter", [altered_by_another_adapter, altered_by_freezing, altered_by_another_head]
+)
 def test_unmerge_refuses_when_what_trains_has_changed_since(alter):
     model = trained()
     report = aurora.merge(model)
@@ -724,6 +730,13 @@ def test_a_fingerprint_sees_every_bit():
                 changed.view(torch.uint8).view(-1)[byte] ^= 1 << bit
                 assert merging._fingerprint(changed) != before
         assert merging._fingerprint(t.t().contiguous().t()) == before
+
+
+def test_a_fingerprint_of_several_parts_sees_the_first():
+    t = torch.zeros((1 << 20) + 1, dtype=torch.float64)
+    before = merging._fingerprint(t)
+    t[0] = -0.0
+    assert merging._fingerprint(t) != before
 
 
 def test_a_gained_bias_trains_where_its_weight_does_and_nowhere_else():

@@ -93,3 +93,70 @@ def test_a_merged_layer_is_the_plain_layer_again():
     assert all(
         type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in plain
     )
+
+
+def step_of(width: int, tokens: int, rank: int, **options):
+    """A training step of one layer: AuroRA's with options, PEFT's LoRA without."""
+    torch.manual_seed(0)
+    if options:
+        model = nn.Sequential(nn.Linear(width, width))
+        aurora.inject(model, r"0", rank, **options)
+    else:
+        model = steps.one_layer(steps.PLAIN, width, rank)
+    x = torch.randn(tokens, width, requires_grad=True)
+    upstream = torch.randn(tokens, width)
+
+    def step():
+        model(x).backward(upstream)
+        for p in (x, *model.parameters()):
+            p.grad = None
+
+    return step
+
+
+@pytest.mark.parametrize("spline", ["summed", "per-channel"])
+@pytest.mark.parametrize(
+    ("width", "tokens", "rank", "grid_size"),
+    [(768, 1024, 64, 5), (768, 1024, 16, 5), (768, 1024, 2, 1000), (8, 200_000, 2, 5)],
+)
+def test_a_step_holds_no_more_memory_than_loras(spline, width, tokens, rank, grid_size):
+    """Over ranks, rows and grids; LoRA without anything around it, which PEFT's is above."""
+    ours = steps.peak_bytes(step_of(width, tokens, rank, spline=spline, grid_size=grid_size))
+    theirs = steps.peak_bytes(step_of(width, tokens, rank))
+    assert ours <= 1.1 * theirs
+
+
+def test_the_memory_of_a_grid_of_10_000_cells_does_not_grow_with_the_rows():
+    few, many = (steps.peak_bytes(step_of(8, n, 2, grid_size=10_000)) for n in (2_000, 20_000))
+    assert many - few <= 1.5 * 18_000 * 4 * 8 * 4  # a few tensors as large as x
+
+
+@pytest.mark.parametrize("spline", ["summed", "per-channel"])
+def test_operators_do_not_depend_on_the_grid(spline):
+    """Of as many points as fit in a block of the finer grid, from the bumps that are not zero."""
+    found = []
+    for grid_size in (500, 1000):
+        torch.manual_seed(0)
+        anl = aurora.ANL(2, grid_size=grid_size, spline=spline)
+        z = torch.randn(256, 2, requires_grad=True)
+        with steps.Operators() as counted:
+            anl(z).sum().backward()
+        found.append(counted.count)
+    assert found[0] == found[1] <= 120
+
+
+@pytest.mark.parametrize("spline", ["summed", "per-channel"])
+def test_batches_of_many_sizes_share_a_graph(spline):
+    """PyTorch compiles for the first size it sees, at the second once more for every size."""
+    torch._dynamo.reset()
+    model = Tower()
+    aurora.inject(model, r"layers", spline=spline)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for rows in (11, 13, 700, 5000):
+        compiled(torch.randn(rows, 16)).square().mean().backward()
+    assert counter.frame_count == 2
+    with torch.no_grad():  # generation
+        for rows in (11, 13, 700, 5000):
+            compiled(torch.randn(rows, 16))
+    assert counter.frame_count <= 4

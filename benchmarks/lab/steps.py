@@ -120,7 +120,7 @@ class Counts(NamedTuple):
     saved: float
 
 
-class _Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):
     """Counts what is dispatched, views apart."""
 
     def __init__(self) -> None:
@@ -145,10 +145,10 @@ def count_layer(layer: nn.Module, width: int) -> Counts:
     """
     x = torch.randn(16, width, requires_grad=True)
     for _ in range(2):
-        with _Operators() as forward:
+        with Operators() as forward:
             out = layer(x)
         upstream = torch.ones_like(out)
-        with _Operators() as backward:
+        with Operators() as backward:
             out.backward(upstream)
     few, many = (_saved_bytes(layer, torch.randn(n, width, requires_grad=True)) for n in (16, 48))
     return Counts(forward.count, backward.count, (many - few) / 32)
