@@ -209,8 +209,8 @@ READING = (
     "the model, in which an adapter bends what goes in or comes out. Leads are paired differences, "
     "in standard errors of their mean. Splines that are told know the directions that bend; "
     "splines on every input assume that single inputs bend, which is so at the worn motors alone "
-    "and a help there. The physics, the photograph and the texts are real; all changes but the ratings' are "
-    "imposed. Worn motors, 256 and 1,024 examples: the first ten draws had been looked at when the "
+    "and a help there. The physics, the photograph and the texts are real; all changes but the "
+    "ratings' are imposed. Worn motors, 256 and 1,024 examples: the first ten draws had been looked at when the "
     "number of rotations was raised from two to four, and fresh draws are the ten after them."
 )
 
