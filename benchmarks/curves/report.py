@@ -210,8 +210,9 @@ READING = (
     "in standard errors of their mean. Splines that are told know the directions that bend; "
     "splines on every input assume that single inputs bend, which is so at the worn motors alone "
     "and a help there. The physics, the photograph and the texts are real; all changes but the "
-    "ratings' are imposed. Worn motors, 256 and 1,024 examples: the first ten draws had been looked at when the "
-    "number of rotations was raised from two to four, and fresh draws are the ten after them."
+    "ratings' are imposed. Worn motors, 256 and 1,024 examples: the first ten draws had "
+    "been looked at when the number of rotations was raised from two to four, and fresh "
+    "draws are the ten after them."
 )
 
 
