@@ -25,6 +25,7 @@ from aurora.merging import MergeReport as MergeReport
 from aurora.merging import merge as merge
 from aurora.merging import watch_linearity as watch_linearity
 from aurora.plots import plot as plot
+from aurora.recipes import lasso as lasso
 from aurora.recipes import parameter_groups as parameter_groups
 from aurora.recipes import recommended as recommended
 from aurora.recipes import roughness as roughness

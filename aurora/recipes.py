@@ -434,6 +434,36 @@ def roughness(model: nn.Module) -> Tensor:
     )
 
 
+def lasso(model: nn.Module) -> Tensor:
+    """How many inputs and channels the adapters use: a differentiable scalar to add to the loss.
+
+    For every adapted layer the sum of |a| over A, plus the sum of the norms of B's columns. It lets
+    go of channels that are not needed, and turns the axes of splines per channel towards single
+    inputs, so that a generous rank costs little. It is meant for standardised inputs; 1e-3 is a
+    good first weight where labels hold little noise, beside 3e-4 to 3e-3 for `roughness`.
+
+    Args:
+        model: One with adapters.
+
+    Returns:
+        A scalar, float32 at least, on the device of the first layer.
+
+    Raises:
+        ValueError: The model has no adapters.
+
+    Source: Tibshirani 1996; for columns the group lasso, Yuan and Lin 2006. Measured:
+    docs/benchmarks.md, "Where the curve pays".
+
+    Example:
+        loss = loss_of(model, batch) + 1e-3 * aurora.lasso(model)
+    """
+    sizes = []
+    for layer in core.layers(model).values():
+        A, B = (p.to(core.wide_dtype(p)) for p in (layer.A, layer.B))
+        sizes.append(A.abs().sum() + torch.linalg.vector_norm(B, dim=0).sum())
+    return torch.stack([size.to(sizes[0].device) for size in sizes]).sum()
+
+
 @torch.no_grad()
 def start_as_identity(model: nn.Module) -> None:
     """Let every adapter start as LoRA: sigma(z) = z inside the grid.

@@ -510,6 +510,29 @@ def test_straight_lines_cost_nothing() -> None:
     assert aurora.roughness(model) > 0.1
 
 
+def test_lasso_is_the_size_of_inputs_and_channels() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
+    aurora.inject(model, "0|1", rank=2)
+    with torch.no_grad():
+        for p in aurora.parameters(model):
+            nn.init.normal_(p)
+    wanted = 0.0
+    for layer in core.layers(model).values():
+        wanted += sum(abs(a) for a in layer.A.flatten().tolist())
+        wanted += sum(sum(b * b for b in column) ** 0.5 for column in layer.B.t().tolist())
+    found = aurora.lasso(model)
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
+    found.backward()
+    torch.testing.assert_close(model[0].A.grad, model[0].A.detach().sign())
+    with torch.no_grad():
+        model[0].B[:, 1] = 0
+        model[0].B.grad = None
+    aurora.lasso(model).backward()  # a channel that is gone stays gone, without NaN
+    assert not model[0].B.grad[:, 1].any()
+    with pytest.raises(ValueError, match="no AuroRA adapters"):
+        aurora.lasso(nn.Linear(2, 2))
+
+
 def test_roughness_needs_splines() -> None:
     with pytest.raises(ValueError, match="no adapter has splines"):
         aurora.roughness(build(learnable=False))
