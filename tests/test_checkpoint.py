@@ -399,7 +399,16 @@ def test_odd_checkpoints_are_refused(tmp_path):
     key = "0.anl._extra_state"
     case("do not say their options", lambda s: {k: t for k, t in s.items() if "extra" not in k})
     case("has options, but no A and B", lambda s: {k: t for k, t in s.items() if k != "0.A"})
+    for own in ("0.A", "0.B"):
+        case("no A and B", lambda s, own=own: s | {own: s[own].flatten()})
     case("does not hold the options", lambda s: s | {key: torch.zeros(2, 2)})
+
+    def long(n):  # JSON may end in spaces
+        return lambda s: s | {key: nn.functional.pad(s[key], (0, n - len(s[key])), value=ord(" "))}
+
+    case("does not hold the options", long(10_001))
+    write_checkpoint(trained(), tmp_path, change=long(10_000))
+    aurora.load(make_model(), tmp_path)
     case("every option must be given", lambda s: s | {key: torch.tensor(list(b"{}")).byte()})
     case(r"0.anl.H: shape missing", lambda s: {k: t for k, t in s.items() if k != "0.anl.H"})
     case(r"0.anl.H: shape \(3, 3\)", lambda s: s | {"0.anl.H": torch.zeros(3, 3)})
@@ -442,6 +451,15 @@ def test_a_checkpoint_of_a_part_is_found_in_the_whole_and_the_other_way(tmp_path
     refused(two, tmp_path, "several parts of the model; load into one of: a, b")
     write_checkpoint(torch.compile(model, backend="eager"), tmp_path)
     assert aurora.load(torch.compile(make_model(), backend="eager"), tmp_path).left == ()
+
+
+def test_the_part_with_most_of_the_layers_is_taken(tmp_path):
+    whole, part = (nn.Sequential(*(nn.Linear(4, 4) for _ in range(n))) for n in (3, 2))
+    model = copy.deepcopy(whole)
+    aurora.inject(model, r"\d")
+    write_checkpoint(model, tmp_path)
+    fresh = nn.ModuleDict({"part": part, "whole": whole})
+    assert aurora.load(fresh, tmp_path).layers == ("whole.0", "whole.1", "whole.2")
 
 
 def test_layers_that_are_one_load_from_a_checkpoint_with_one_name_or_both(tmp_path):

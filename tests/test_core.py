@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 import warnings
 
@@ -117,6 +118,20 @@ def test_gradients_of_the_whole_layer(name):
     assert torch.autograd.gradcheck(f, (x, *weights), check_forward_ad=True)
     if layer.config.spline_order > 2:
         assert torch.autograd.gradgradcheck(f, (x, *weights))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_that_were_read_from_a_file_mean_the_same(name):
+    """They are equal strings, not the same ones."""
+    found = []
+    for options in (OPTIONS[name], json.loads(json.dumps(OPTIONS[name]))):
+        torch.manual_seed(0)
+        layer = AuroraLinear(nn.Linear(6, 4), **options)
+        nn.init.normal_(layer.B)
+        out = layer(torch.randn(9, 6))
+        out.square().sum().backward()
+        found.append([out, *(p.grad for p in layer.adapter_parameters().values())])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6), (2, 3, 1, 6), (0, 6), (2, 0, 6)])
@@ -275,6 +290,7 @@ def test_the_report_counts():
         "blocks.0.query",
         "8 -> 8",
         f"{done.trainable:,} of {done.total:,}",
+        f"parameters train ({done.trainable / done.total:.3%})",
         "2 layers adapted",
     ):
         assert fact in text
@@ -349,6 +365,14 @@ def test_errors_leave_the_model_as_it_was(case):
     with pytest.raises(error, match=match):
         aurora.inject(model, regex, **options)
     assert everything(model) == before
+
+
+def test_a_target_that_matches_nothing_is_told_the_five_nearest():
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in "abcdefg"})
+    with pytest.raises(ValueError, match=r"nearest are: \w(, \w){4}$"):
+        aurora.inject(model, "nothing")
+    with pytest.raises(ValueError, match="nearest are: there are none"):
+        aurora.inject(nn.Sequential(nn.Tanh()), "nothing")
 
 
 def test_injecting_twice():

@@ -113,6 +113,13 @@ def test_hostile_headers(tmp_path, case):
     refused(make_model(), tmp_path / "b.safetensors", match)
 
 
+@pytest.mark.parametrize(("text", "end"), [("swish", "got 'swish'"), ("s" * 5000, r"s{99}\.{3}")])
+def test_a_reason_is_told_in_full_unless_it_is_long(tmp_path, text, end):
+    aurora.save(trained(), tmp_path / "a.safetensors")
+    rewrite(tmp_path / "a.safetensors", tmp_path / "b.safetensors", config={"activation": text})
+    refused(make_model(), tmp_path / "b.safetensors", rf"\A.{{,2300}}{end}\Z")
+
+
 OPTIONS = [field.name for field in dataclasses.fields(aurora.AuroraConfig)]
 
 

@@ -96,7 +96,8 @@ def test_the_table_is_plain_values_whose_words_are_known() -> None:
         assert name == row.name
         assert row.kind in methods.KINDS
         assert set(row.starts) <= set(methods.STARTS)
-        assert set(row.parts) <= {FINALIST, PAIRED, AGAINST, INSIDE, LANGUAGE, settings.QUICK}
+        parts = {FINALIST, PAIRED, AGAINST, INSIDE, LANGUAGE, settings.QUICK, settings.LONG}
+        assert set(row.parts) <= parts
         json.dumps(dataclasses.asdict(row))
         if row.kind == "aurora":
             aurora.AuroraConfig(row.rank, **row.options)
@@ -169,8 +170,6 @@ def test_normalised_hidden_values(tiny) -> None:
 
 def test_every_group_has_its_rate_and_every_parameter_one_group(tiny) -> None:
     for name, setting in SETTINGS.items():
-        if name == "PEFT LoRA r=2":
-            pytest.importorskip("peft")
         model = reader(tiny)
         ready(model, name)
         groups = methods.groups(model, setting, 1e-3)
@@ -202,7 +201,6 @@ def test_the_recommended_setting_is_what_the_package_offers(tiny) -> None:
 
 
 def test_a_shared_start_is_the_same_a_for_every_method_and_rank(tiny) -> None:
-    pytest.importorskip("peft")
     found = {}
     for name in ("LoRA r=2", "LoRA r=8", "AuroRA r=2", RECOMMENDED, "PEFT LoRA r=2"):
         for seed in (None, 3):
@@ -222,7 +220,6 @@ def test_a_shared_start_is_the_same_a_for_every_method_and_rank(tiny) -> None:
 
 
 def test_pefts_lora_learns_what_ours_does(tiny) -> None:
-    pytest.importorskip("peft")
     runs = [
         Run("held-out", name, 1e-2, "all", 0, 5, 20, 20, "shared")
         for name in ("LoRA r=2", "PEFT LoRA r=2")
@@ -233,7 +230,6 @@ def test_pefts_lora_learns_what_ours_does(tiny) -> None:
 
 
 def test_peft_trains_the_same_number_as_our_lora(tiny) -> None:
-    pytest.importorskip("peft")
     count = []
     for name in ("LoRA r=2", "PEFT LoRA r=2"):
         model = reader(tiny)
