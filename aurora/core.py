@@ -1153,7 +1153,7 @@ def _version(t: Tensor) -> int:
 
 # ---- Less memory in training ----------------------------------------------------------------
 #
-# Delete from here on, and only memory grows: autograd then keeps every step of `sigma`, 286 bytes
+# Delete from here on, and only memory grows: autograd then keeps every step of `sigma`, 248 bytes
 # a token at rank 2, where the backward below keeps z, 16 bytes with what is made from it.
 
 # An activation's derivative in terms of its own output, so that its input need not be kept.

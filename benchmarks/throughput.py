@@ -28,6 +28,8 @@ from benchmarks.lab.needs import need
 from benchmarks.lab.report import machine, markdown_table, picture, use_all_cores, write_report
 from benchmarks.lab.rival import Rival
 from benchmarks.lab.steps import (
+    BARE,
+    CHANNEL,
     CONTENDERS,
     OURS,
     PEFT,
@@ -36,6 +38,8 @@ from benchmarks.lab.steps import (
     RIVAL,
     Counts,
     count,
+    make_forward,
+    make_generation,
     make_step,
     peak_bytes,
 )
@@ -155,23 +159,78 @@ def _over_peft(rounds: int, arguments: Mapping[str, Any]) -> list[str]:
     return [found[name] for name in CONTENDERS[1:]]
 
 
-def gpu_table(rounds: int) -> str:
+# Width, tokens and rank.
+FEW = ((768, 1, 2), (768, 1, 16), (2048, 1, 2), (768, 16, 2))
+
+
+def inference_table(rounds: int, generated: int) -> str:
+    """Few tokens without gradients, through twelve layers, and SmolLM2 as it writes."""
+    rows = []
+    for width, tokens, rank in FEW:
+        steps = {name: make_forward(name, width, tokens, rank) for name in CONTENDERS}
+        found = ratios(steps, rounds, PEFT)
+        place = f"{width} x {width}, {tokens} token{'s' * (tokens > 1)}, rank {rank}"
+        rows.append([place, *(found[name] for name in CONTENDERS[1:])])
+    if generated:
+        steps = {name: make_generation(name, generated) for name in CONTENDERS}
+        found = ratios(steps, max(3, rounds // 8), PEFT)
+        place = f"SmolLM2-135M, all linear layers, {generated} tokens generated"
+        rows.append([place, *(found[name] for name in CONTENDERS[1:])])
+    return markdown_table([f"inference over {PEFT}", *CONTENDERS[1:]], rows)
+
+
+def overhead(rounds: int) -> str:
+    """What adapters add to a training step of MiniLM, 1024 tokens, over what PEFT's LoRA adds."""
+    taken = interleave({name: make_step(name) for name in (BARE, *CONTENDERS)}, rounds)
+    median = {name: statistics.median(times) for name, times in taken.items()}
+    added = {name: median[name] - median[BARE] for name in CONTENDERS}
+    cells = [f"{added[name] / added[PEFT]:.2f}" for name in CONTENDERS[1:]]
+    header = [f"what adapters add to a step, over {PEFT}", *CONTENDERS[1:]]
+    return markdown_table(header, [["all-MiniLM-L6-v2, 32 x 32 tokens", *cells]])
+
+
+def grid_table(rounds: int) -> str:
+    """Training steps of a 768 x 768 layer with 2048 tokens on finer grids, over the grid of 5."""
+    rows = []
+    for name in (OURS, CHANNEL):
+        steps = {str(g): make_step(name, width=768, grid_size=g) for g in (5, 100, 1000)}
+        found = ratios(steps, rounds, "5")
+        for grid, step in steps.items():
+            rows.append([f"{name}, {grid} cells", found[grid], f"{peak_bytes(step) / 2**20:.1f}"])
+    return markdown_table(["grid", "time over 5 cells", "peak MiB"], rows)
+
+
+def rows_table(rows: int) -> str:
+    """Peak memory of a training step of a 16 x 16 layer with very many tokens."""
+    steps = {name: make_step(name, width=16, tokens=rows) for name in CONTENDERS}
+    cells = [f"{peak_bytes(step) / 2**20:.1f}" for step in steps.values()]
+    return markdown_table(["peak MiB", *CONTENDERS], [[f"16 x 16, {rows:,} tokens", *cells]])
+
+
+def gpu_table(rounds: int, device: str) -> str:
     """LLaMA-3-8B's layers on the GPU: eager, compiled, and captured in a CUDA graph.
 
-    The base is in bfloat16 and reads 8192 tokens.
+    The base is in bfloat16 and reads 1 to 8192 tokens. A CPU takes a 16th of each, and neither
+    compiles nor captures, so that these lines are known to work.
     """
-    where = {"tokens": 8192, "device": "cuda", "half": True}
+    gpu = device == "cuda"
+    shrink = 1 if gpu else 16
     rows = []
     for layer, (width, out) in LLAMA.items():
-        arguments: dict[str, Any] = {"width": width, "out": out, **where}
-        cells = []
-        for compiled in (False, True):
-            steps = {name: make_step(name, compiled=compiled, **arguments) for name in (PEFT, OURS)}
-            cells.append(ratios(steps, rounds, PEFT)[OURS])
-        _capture(arguments)
-        rows.append([f"{layer}, {width} -> {out}", *cells, "captured and replayed"])
-    header = [f"{torch.cuda.get_device_name()}, AuroRA over {PEFT}", "eager", "compiled"]
-    return markdown_table([*header, "CUDA graph"], rows)
+        for tokens in (1, 256, 8192):
+            where: dict[str, Any] = {"width": width // shrink, "out": out // shrink}
+            where |= {"tokens": max(1, tokens // shrink), "device": device, "half": True}
+            cells = ["-", "-", "-"]
+            for i, compiled in enumerate((False, True) if gpu else (False,)):
+                steps = {name: make_step(name, compiled=compiled, **where) for name in (PEFT, OURS)}
+                cells[i] = ratios(steps, rounds, PEFT)[OURS]
+            if gpu:
+                _capture(where)
+                cells[2] = "captured and replayed"
+            rows.append([f"{layer}, {width} -> {out}, {tokens} tokens", *cells])
+    name = torch.cuda.get_device_name() if gpu else f"CPU, widths and tokens / {shrink}"
+    header = [f"{name}, AuroRA over {PEFT}", "eager", "compiled", "CUDA graph"]
+    return markdown_table(header, rows)
 
 
 def _capture(arguments: Mapping[str, Any]) -> None:
@@ -239,13 +298,16 @@ SWEEPS = {
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
-    quick = "4 rounds, neither of the two, two places of every sweep"
+    quick = "4 rounds, neither of the two, no generation, two places of every sweep"
     parser = command.parser("throughput", __doc__, quick)
     add = parser.add_argument
     add("--rounds", type=int, default=40, help="rounds of every comparison (default: %(default)s)")
     add("--no-rival", action="store_true", help=f"leave out {RIVAL}, which needs a network once")
     told = "leave out torch.compile, which needs a C++ compiler and minutes"
     add("--no-compile", action="store_true", help=told)
+    gpu = "cuda" if torch.cuda.is_available() else None
+    told = "where LLaMA-3-8B's layers run; a CPU takes small ones (default: a GPU, if there is one)"
+    add("--device", choices=("cpu", "cuda"), default=gpu, help=told)
     options = command.parse(parser, argv)
     if options.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {options.rounds}")
@@ -268,8 +330,12 @@ def main(argv: Sequence[str]) -> None:
         show(counts_table(rival))
         show(times_table(rival, options.rounds, not options.no_compile))
     show(single_figures(options.rounds))
-    if torch.cuda.is_available():
-        show(gpu_table(options.rounds))
+    show(inference_table(options.rounds, 0 if options.quick else 24))
+    show(overhead(options.rounds))
+    show(grid_table(max(2, options.rounds // 4)))
+    show(rows_table(10**4 if options.quick else 10**6))
+    if options.device:
+        show(gpu_table(options.rounds, options.device))
     sweeps = {}
     for axis, values in SWEEPS.items():
         places = (values[0], values[-2]) if options.quick else values

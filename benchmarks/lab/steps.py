@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aurora
 from benchmarks.lab import baselines
-from benchmarks.lab.models import load_encoder
+from benchmarks.lab.models import load_encoder, load_smollm2
 from benchmarks.lab.needs import need
 
 PEFT, PLAIN, OURS = "LoRA (PEFT)", "LoRA (plain)", "AuroRA"
+BARE = "no adapters"
 CHANNEL, RIVAL = "AuroRA per-channel", "aurora-peft"
 CONTENDERS = (PEFT, PLAIN, OURS, CHANNEL)
 QUERY_VALUE = r".*attention\.self\.(query|value)"
@@ -23,7 +24,7 @@ QUERY_VALUE = r".*attention\.self\.(query|value)"
 # --- Contenders -----------------------------------------------------------------------------------
 
 
-def adapt(name: str, model: nn.Module, targets: str, rank: int) -> nn.Module:
+def adapt(name: str, model: nn.Module, targets: str, rank: int, **options: Any) -> nn.Module:
     """The model with a contender's adapters in the layers that match, scaling 2.
 
     PEFT's kinds come wrapped.
@@ -32,6 +33,8 @@ def adapt(name: str, model: nn.Module, targets: str, rank: int) -> nn.Module:
         peft = need("peft")
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
         return peft.get_peft_model(model, config)  # type: ignore
+    if name == BARE:
+        return model
     if name == RIVAL:
         theirs = need("aurora_peft")
         config = theirs.AuroraConfig(r=rank, alpha=2 * rank, target_modules=targets)
@@ -39,15 +42,23 @@ def adapt(name: str, model: nn.Module, targets: str, rank: int) -> nn.Module:
     if name == PLAIN:
         baselines.inject_lora(model, targets, rank)
     else:
-        spline = "per-channel" if name == CHANNEL else "summed"
-        aurora.inject(model, targets, rank, spline=spline)
+        spline: Any = "per-channel" if name == CHANNEL else "summed"
+        aurora.inject(model, targets, rank, spline=spline, **options)
     return model
 
 
-def one_layer(name: str, width: int, rank: int, out: int | None = None, **where: Any) -> nn.Module:
+def one_layer(
+    name: str,
+    width: int,
+    rank: int,
+    out: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    **where: Any,
+) -> nn.Module:
     """A single adapted `nn.Linear`; the same seed for all."""
     torch.manual_seed(0)
-    return adapt(name, nn.Sequential(nn.Linear(width, out or width, **where)), ".*0", rank)
+    model = nn.Sequential(nn.Linear(width, out or width, **where))
+    return adapt(name, model, ".*0", rank, **(options or {}))
 
 
 def make_step(
@@ -60,6 +71,7 @@ def make_step(
     out: int | None = None,
     device: str = "cpu",
     half: bool = False,
+    **options: Any,
 ) -> Callable[[], object]:
     """A training step.
 
@@ -73,11 +85,12 @@ def make_step(
         out: outputs of the layer, as many as inputs unless given.
         device: of the layer.
         half: the base and its input are bfloat16.
+        **options: further ones of AuroRA, for a layer.
     """
     if not width:
         return _model_step(name, rank, compiled)
     where: Any = {"device": device, "dtype": torch.bfloat16 if half else torch.float32}
-    model = one_layer(name, width, rank, out, **where)
+    model = one_layer(name, width, rank, out, options, **where)
     run = torch.compile(model, fullgraph=True) if compiled else model
     trained = [p for p in model.parameters() if p.requires_grad]
     x = torch.randn(tokens, width, requires_grad=True, **where)
@@ -94,6 +107,9 @@ def make_step(
 def _model_step(name: str, rank: int, compiled: bool) -> Callable[[], object]:
     torch.manual_seed(0)
     model = adapt(name, load_encoder()[0], QUERY_VALUE, rank).eval()
+    if name == BARE:  # one small tensor below all layers, so that the gradient passes them all
+        model.requires_grad_(False)
+        model.get_submodule("embeddings.LayerNorm").requires_grad_(True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     generator = torch.Generator().manual_seed(0)
@@ -105,6 +121,37 @@ def _model_step(name: str, rank: int, compiled: bool) -> Callable[[], object]:
         optimizer.zero_grad()
         states.square().mean().backward()
         optimizer.step()
+
+    return step
+
+
+def make_forward(
+    name: str, width: int, tokens: int, rank: int, depth: int = 12
+) -> Callable[[], object]:
+    """Inference of `depth` layers, whose weights no cache can hold, as in a model."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+    model = adapt(name, layers, r".*\d", rank).eval()
+    x = torch.randn(tokens, width)
+
+    def step() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    return step
+
+
+def make_generation(name: str, tokens: int, rank: int = 2) -> Callable[[], object]:
+    """SmolLM2-135M writes tokens, one by one, with adapters in all linear layers."""
+    torch.manual_seed(0)
+    targets = r".*(q|k|v|o|gate|up|down)_proj"
+    model: Any = adapt(name, load_smollm2()[0], targets, rank).eval()
+    ids = torch.arange(100, 116).unsqueeze(0)
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+
+    def step() -> None:
+        with torch.inference_mode():
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 
     return step
 
