@@ -837,7 +837,8 @@ def test_report():
 
 
 def test_report_is_drawn():
-    matplotlib = pytest.importorskip("matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
     report = bounds.report_bounds(net(), torch.randn(10, 6))
     axes = report.plot()

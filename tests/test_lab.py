@@ -91,7 +91,6 @@ def without_machine(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", KEPT)
 def test_reports_are_made_again_from_the_committed_lines(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     shutil.copy(RESULTS / f"{name}.jsonl", tmp_path)
     KEPT[name].main(["--report", "--out", str(tmp_path)])
     made, committed = (folder / f"{name}.md" for folder in (tmp_path, RESULTS))

@@ -170,8 +170,6 @@ def test_normalised_hidden_values(tiny) -> None:
 
 def test_every_group_has_its_rate_and_every_parameter_one_group(tiny) -> None:
     for name, setting in SETTINGS.items():
-        if name == "PEFT LoRA r=2":
-            pytest.importorskip("peft")
         model = reader(tiny)
         ready(model, name)
         groups = methods.groups(model, setting, 1e-3)
@@ -203,7 +201,6 @@ def test_the_recommended_setting_is_what_the_package_offers(tiny) -> None:
 
 
 def test_a_shared_start_is_the_same_a_for_every_method_and_rank(tiny) -> None:
-    pytest.importorskip("peft")
     found = {}
     for name in ("LoRA r=2", "LoRA r=8", "AuroRA r=2", RECOMMENDED, "PEFT LoRA r=2"):
         for seed in (None, 3):
@@ -223,7 +220,6 @@ def test_a_shared_start_is_the_same_a_for_every_method_and_rank(tiny) -> None:
 
 
 def test_pefts_lora_learns_what_ours_does(tiny) -> None:
-    pytest.importorskip("peft")
     runs = [
         Run("held-out", name, 1e-2, "all", 0, 5, 20, 20, "shared")
         for name in ("LoRA r=2", "PEFT LoRA r=2")
@@ -234,7 +230,6 @@ def test_pefts_lora_learns_what_ours_does(tiny) -> None:
 
 
 def test_peft_trains_the_same_number_as_our_lora(tiny) -> None:
-    pytest.importorskip("peft")
     count = []
     for name in ("LoRA r=2", "PEFT LoRA r=2"):
         model = reader(tiny)

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import everything
@@ -18,7 +19,7 @@ import aurora
 from aurora import core, merging
 from aurora.merging import Affine, Moments, fit
 
-transformers_conv = pytest.importorskip("transformers").pytorch_utils.Conv1D
+transformers_conv = transformers.pytorch_utils.Conv1D
 
 
 class Net(nn.Module):

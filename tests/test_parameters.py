@@ -30,7 +30,6 @@ TABLE = [
 def test_the_papers_counts_to_the_digit(
     name: str, total: int, layers: int, ours: int, lora: int
 ) -> None:
-    pytest.importorskip("transformers", reason="the models are transformers' own classes")
     case = CASES[name]
     model = case.build()
     assert all(p.is_meta for p in model.parameters())
@@ -44,7 +43,6 @@ def test_the_papers_counts_to_the_digit(
 
 
 def test_the_benchmark_counts_what_inject_trains() -> None:
-    pytest.importorskip("transformers")
     counted = parameters.count(CASES["ViT-base"], ranks=(2, 16))
     assert (counted.model, counted.layers) == (86_389_248, 24)
     assert counted.trainable["AuroRA"] == {2: 74_208, 16: 24 * (16 * 1536 + 16 * 16 + 16 * 8)}
@@ -53,7 +51,6 @@ def test_the_benchmark_counts_what_inject_trains() -> None:
 
 
 def test_sdxl_attention() -> None:
-    pytest.importorskip("diffusers", reason="the UNet is diffusers' own class")
     counted = parameters.count(CASES["SDXL UNet"], ranks=(2,))
     assert (counted.model, counted.layers) == (2_567_463_684, 560)
     assert counted.trainable["AuroRA"][2] == counted.trainable["LoRA"][2] + 560 * 20

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+import transformers
 from support import disturb
 
 import aurora
 from aurora import core
-
-transformers = pytest.importorskip("transformers")
 
 IDS = torch.arange(12).reshape(2, 6)
 

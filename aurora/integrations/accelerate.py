@@ -76,7 +76,10 @@ def inject(
 
     Args:
         model: A model, parts of which may be offloaded.
-        target, rank, train, options: As for `aurora.inject`.
+        target: As for `aurora.inject`.
+        rank: As for `aurora.inject`.
+        train: As for `aurora.inject`.
+        **options: As for `aurora.inject`.
 
     Returns:
         What `aurora.inject` returns.

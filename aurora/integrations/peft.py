@@ -78,8 +78,17 @@ class AuroraPeftConfig(peft.PeftConfig):
     Args:
         r: The rank; `rank` in AuroraConfig.
         alpha: The output is scaled by `alpha / r`; None is `2 * r`.
-        mode, spline, fixed, learnable, activation: As in AuroraConfig.
-        grid_size, spline_order, grid_range, dropout, init, projections: As in AuroraConfig.
+        mode: As in AuroraConfig.
+        spline: As in AuroraConfig.
+        fixed: As in AuroraConfig.
+        learnable: As in AuroraConfig.
+        activation: As in AuroraConfig.
+        grid_size: As in AuroraConfig.
+        spline_order: As in AuroraConfig.
+        grid_range: As in AuroraConfig.
+        dropout: As in AuroraConfig.
+        init: As in AuroraConfig.
+        projections: As in AuroraConfig.
         target_modules: Names or their endings, one regular expression that has to match a whole
             name, or "all-linear"; None is what PEFT's LoRA takes for the architecture.
         exclude_modules: What target_modules must not match, likewise.
@@ -442,9 +451,13 @@ class AuroraTuner(BaseTuner):
         For the report of a merge: `report = aurora.merge(to_aurora(model), "calibrated", batches)`.
 
         Args:
-            progressbar, safe_merge: As PEFT has them; NaN is refused in any case.
+            progressbar: As PEFT has it.
+            safe_merge: As PEFT has it; NaN is refused in any case.
             adapter_names: By default the active ones. "linear" and "calibrated" take one at a time.
-            method, batches, held_out, options: As in `aurora.merge`.
+            method: As in `aurora.merge`.
+            batches: As in `aurora.merge`.
+            held_out: As in `aurora.merge`.
+            **options: As in `aurora.merge`.
 
         Raises:
             ValueError: As `aurora.merge` does, with the model as it was.
