@@ -407,6 +407,8 @@ def test_odd_checkpoints_are_refused(tmp_path):
         return lambda s: s | {key: nn.functional.pad(s[key], (0, n - len(s[key])), value=ord(" "))}
 
     case("does not hold the options", long(10_001))
+    infinite = torch.full((9,), math.inf)
+    case("does not hold the options", lambda s: s | {key: infinite})
     write_checkpoint(trained(), tmp_path, change=long(10_000))
     aurora.load(make_model(), tmp_path)
     case("every option must be given", lambda s: s | {key: torch.tensor(list(b"{}")).byte()})
@@ -422,6 +424,20 @@ def test_odd_checkpoints_are_refused(tmp_path):
         refused(make_model(), tmp_path, "outside of its folder|maps no tensors")
     index.write_text('{"weight_map": {"x": "absent.safetensors"}}')
     refused(make_model(), tmp_path, "absent.safetensors", FileNotFoundError)
+
+
+def test_which_file_of_a_folder_is_read(tmp_path):
+    model = trained(train=None)
+    write_checkpoint(model, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "odd name.safetensors")
+    fresh = make_model()
+    assert aurora.load(fresh, tmp_path).layers == ("0", "2")
+    assert torch.equal(fresh(X), model(X))
+    index = tmp_path / "odd.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"0.A": "odd name.safetensors"}}))
+    assert aurora.load(make_model(), index).layers == ("0", "2")
+    aurora.save(model, tmp_path / "another.safetensors")
+    refused(make_model(), tmp_path, "several safetensors files: name one of them")
 
 
 def test_what_the_model_does_not_have_is_left_and_listed(tmp_path):

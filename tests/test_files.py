@@ -120,6 +120,22 @@ def test_a_reason_is_told_in_full_unless_it_is_long(tmp_path, text, end):
     refused(make_model(), tmp_path / "b.safetensors", rf"\A.{{,2300}}{end}\Z")
 
 
+def test_headers_that_are_no_tables(tmp_path):
+    path = tmp_path / "b.safetensors"
+    forge(path, "[1]", {})
+    refused(make_model(), path, "its description is no table")
+    for header in (b"[1]     ", b'{"__metadata__": {"a": 1}}'):
+        path.write_bytes(struct.pack("<Q", len(header)) + header)
+        refused(make_model(), path, "its header is no table")
+
+
+def test_a_big_endian_machine_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "byteorder", "big")
+    with pytest.raises(ValueError, match="little-endian, this machine is not"):
+        aurora.save(trained(), tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 OPTIONS = [field.name for field in dataclasses.fields(aurora.AuroraConfig)]
 
 
