@@ -389,13 +389,15 @@ def _gradients_aside(model: nn.Module) -> Iterator[None]:
             p.grad = grad
 
 
-def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
     """Compiled code knows nothing of hooks that came later; inside, models run as written."""
     stance: Callable[..., Any] | None = getattr(torch.compiler, "set_stance", None)
     if stance is None or "torch._dynamo" not in sys.modules:  # whose import takes seconds
-        return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[Any] = stance("force_eager")
-    return context
+        yield
+    else:
+        with stance("force_eager"):
+            yield
 
 
 # --- Other starts, penalties and rates -----------------------------------------------------------

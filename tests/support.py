@@ -44,6 +44,8 @@ class _Interrupt:
         finally:
             sys.settrace(before)
             torch.set_grad_enabled(grad)  # an interrupt on the way out of no_grad() leaves it off
+            if hasattr(torch.compiler, "set_stance") and "torch._dynamo" in sys.modules:
+                torch.compiler.set_stance("default")  # likewise, on the way out of "force_eager"
         return False
 
 
