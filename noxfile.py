@@ -130,21 +130,20 @@ exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]
     session.env.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
     session.run("cosmic-ray", "init", "--force", "mutants.toml", "mutants.sqlite")
     session.run("cr-filter-operators", "mutants.sqlite", "mutants.toml")  # X | Y in annotations
-    if count is not None:
-        _keep_sample(copy / "mutants.sqlite", int(count))
+    _keep_sample(copy / "mutants.sqlite", None if count is None else int(count))
     session.run("cosmic-ray", "baseline", "mutants.toml")
     session.run("cosmic-ray", "exec", "mutants.toml", "mutants.sqlite")
     session.run("cr-report", "--surviving-only", "--show-diff", "mutants.sqlite")
 
 
-def _keep_sample(path: Path, count: int) -> None:
-    """Leave only some of the planned mutants in the database, the same at every run."""
+def _keep_sample(path: Path, count: int | None) -> None:
+    """Leave only some of the planned mutants, the same at every run, and none that are filtered."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         rows = database.execute(
             "SELECT job_id FROM mutation_specs WHERE job_id NOT IN "
             "(SELECT job_id FROM work_results) ORDER BY module_path, operator_name, occurrence"
         ).fetchall()
-        chosen = random.Random(0).sample(rows, min(count, len(rows)))
-        for row in set(rows) - set(chosen):
-            for table in ("mutation_specs", "work_items"):
+        chosen = rows if count is None else random.Random(0).sample(rows, min(count, len(rows)))
+        for row in set(database.execute("SELECT job_id FROM work_items")) - set(chosen):
+            for table in ("work_results", "mutation_specs", "work_items"):
                 database.execute(f"DELETE FROM {table} WHERE job_id = ?", row)
