@@ -10,7 +10,7 @@ from torch import nn
 
 import aurora
 from benchmarks import curves
-from benchmarks.curves import contenders, ratings, runs, stack, swap, tones
+from benchmarks.curves import ratings, runs, stack, swap, tones
 from benchmarks.curves.chain import Task, chain, identity
 from benchmarks.curves.contenders import CONTENDERS, PLACES, Choice, Situation
 from benchmarks.curves.report import cell, duels, findings, rows_of
@@ -126,7 +126,7 @@ def test_size_counts_entries_of_a_and_columns_of_b(world: Task) -> None:
         layer.A.fill_(-0.5)
         layer.B.zero_()
         layer.B[:2, 1] = torch.tensor([3.0, -4.0])
-    assert contenders.sparsity(model).item() == pytest.approx(0.5 * 8 + 5)
+    assert aurora.lasso(model).item() == pytest.approx(0.5 * 8 + 5)
 
 
 def test_a_turn_rotates_the_axes_and_keeps_what_they_span(world: Task) -> None:

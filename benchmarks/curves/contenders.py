@@ -85,21 +85,12 @@ class Contender:
 # --- AuroRA ---------------------------------------------------------------------------------------
 
 
-def sparsity(model: nn.Module) -> Tensor:
-    """The sum of the absolute values of all entries of A and of the norms of the columns of B."""
-    found = [
-        layer.A.abs().sum() + layer.B.norm(dim=0).sum()
-        for layer in aurora.core.layers(model).values()
-    ]
-    return torch.stack(found).sum()
-
-
 class Bent(Objective):
     """AuroRA's loss: it is dear to be rough, and dear to use many inputs and channels."""
 
     def penalties(self) -> list[Tensor]:
         """Roughness and size."""
-        return [aurora.roughness(self.model), sparsity(self.model)]
+        return [aurora.roughness(self.model), aurora.lasso(self.model)]
 
 
 def adapt(rank: int, start: bool = True, **options: Any) -> Callable[[Situation], nn.Module]:
