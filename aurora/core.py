@@ -522,24 +522,8 @@ class AuroraLinear(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def add_adapter(self, out: Tensor, x: Tensor) -> Tensor:
-        """`out + s B sigma(A x)` for out (..., out_features), x (..., in_features); new tensor.
-
-        The products with A and B run in the dtypes of x and out, sigma in float32 or wider.
-        """
-        A, B, anl = self.A, self.B, self.anl
-        c = anl.config
-        if c.dropout:
-            x = F.dropout(x, c.dropout, self.training)
-        down = anl(A, c.scaling, columns=True) if c.mode == "static" else A  # (r, in_features)
-        y = F.linear(x, as_dtype(down, x.dtype)).reshape(-1, c.rank)  # (N, r), z if dynamic
-        if c.mode == "dynamic":
-            y = anl(y.t(), c.scaling, columns=True).t()
-        up = as_dtype(B, out.dtype).t()  # (r, out_features)
-        if torch.is_grad_enabled():  # the narrow products of the backward are several times faster
-            up = up.contiguous()
-        # One pass over the output, where product, scaling and sum would take three.
-        flat = out.reshape(-1, B.shape[0])  # (N, out_features)
-        return torch.addmm(flat, as_dtype(y, out.dtype), up).view_as(out)
+        """`out + s B sigma(A x)` for out (..., out_features), x (..., in_features); new tensor."""
+        return add_adapter(out, x, self.A, self.B, self.anl, self.training)
 
     def static_update(self) -> Tensor:
         """`s B sigma(A)`, (out_features, in_features), sigma on each column of A, in float32+."""
@@ -557,6 +541,29 @@ class AuroraLinear(nn.Module):
         c = self.config
         own = f"rank={c.rank}, scaling={c.scaling:g}, {c.mode}, {c.projections} projections"
         return f"{super().extra_repr()}, {own}".removeprefix(", ")
+
+
+def add_adapter(
+    out: Tensor, x: Tensor, A: Tensor, B: Tensor, anl: ANL, training: bool = False
+) -> Tensor:
+    """`out + s B sigma(A x)` for out (..., out_features), x (..., in_features); new tensor.
+
+    The products with A and B run in the dtypes of x and out, sigma in float32 or wider. Dropout is
+    on if training.
+    """
+    c = anl.config
+    if c.dropout:
+        x = F.dropout(x, c.dropout, training)
+    down = anl(A, c.scaling, columns=True) if c.mode == "static" else A  # (r, in_features)
+    y = F.linear(x, as_dtype(down, x.dtype)).reshape(-1, c.rank)  # (N, r), z if dynamic
+    if c.mode == "dynamic":
+        y = anl(y.t(), c.scaling, columns=True).t()
+    up = as_dtype(B, out.dtype).t()  # (r, out_features)
+    if torch.is_grad_enabled():  # the narrow products of the backward are several times faster
+        up = up.contiguous()
+    # One pass over the output, where product, scaling and sum would take three.
+    flat = out.reshape(-1, B.shape[0])  # (N, out_features)
+    return torch.addmm(flat, as_dtype(y, out.dtype), up).view_as(out)
 
 
 _ADAPTED: dict[Any, Any] = {}  # class -> its adapted class, made once

@@ -25,7 +25,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -150,15 +150,6 @@ class AuroraPeftConfig(peft.PeftConfig):
         return core.AuroraConfig(r, alpha, **own)
 
 
-class _Adapter(NamedTuple):
-    """What `core.AuroraLinear.add_adapter` reads of a layer."""
-
-    A: Tensor
-    B: Tensor
-    anl: core.ANL
-    training: bool
-
-
 class AuroraTunerLinear(nn.Module, BaseTunerLayer):
     """A linear layer with any number of named adapters, whose outputs add up.
 
@@ -278,8 +269,7 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         return out
 
     def _adapted(self, out: Tensor, x: Tensor, name: str) -> Tensor:
-        adapter: Any = _Adapter(*self.parts(name), self.training)
-        return core.AuroraLinear.add_adapter(adapter, out, x)
+        return core.add_adapter(out, x, *self.parts(name), self.training)
 
     def as_ours(self, adapter_name: str) -> core.AuroraLinear:
         """The base with one adapter as our own layer: a view of the same tensors, nothing moves."""
