@@ -2,6 +2,8 @@
 
 from aurora import _many as _many  # puts itself into core
 from aurora._running import check as check
+from aurora.attention import fuse_attention as fuse_attention
+from aurora.attention import unfuse_attention as unfuse_attention
 from aurora.bounds import BoundsReport as BoundsReport
 from aurora.bounds import Certificate as Certificate
 from aurora.bounds import assert_bounded as assert_bounded

@@ -1004,7 +1004,7 @@ def _targets(
             raise ValueError(f"{name} is adapted already: aurora.remove(model) first")
         if linear_features(module):
             if reason := _bypassed_by(model, module):
-                raise ValueError(f"{name}: {reason}; match other layers")
+                raise ValueError(f"{name}: {reason}, or match other layers")
             found[module] = None
         elif name and any(p is not None for p in module._parameters.values()):
             kind = type(module).__name__
@@ -1054,13 +1054,17 @@ def _output_head(model: nn.Module, view: ModelView) -> nn.Module | None:
 
 def _bypassed_by(model: nn.Module, layer: nn.Module) -> str | None:
     """Why a parent would never call the layer; other such parents are found by `aurora.check`."""
+    unfuse = "aurora.unfuse_attention(model) first"
     for parent in (m for m in model.modules() if layer in m._modules.values()):
-        if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads it by weight and bypasses its adapter"
+        encodes = isinstance(parent, nn.TransformerEncoderLayer)
+        attention: Any = parent.self_attn if encodes else parent
+        if not isinstance(attention, nn.MultiheadAttention) or "q_proj" in attention._modules:
+            continue  # the latter are unfused, and call their layers
+        if not encodes:
+            return f"nn.MultiheadAttention reads it by weight and bypasses its adapter: {unfuse}"
         # PyTorch's encoder layer does call its linears, once its fused evaluation is off.
-        fused = torch.backends.mha.get_fastpath_enabled()
-        if isinstance(parent, nn.TransformerEncoderLayer) and fused:
-            off = "torch.backends.mha.set_fastpath_enabled(False)"
+        if torch.backends.mha.get_fastpath_enabled():
+            off = f"{unfuse}, torch.backends.mha.set_fastpath_enabled(False)"
             return f"the fused evaluation of TransformerEncoderLayer bypasses its adapter: {off}"
     return None
 

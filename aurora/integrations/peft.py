@@ -501,7 +501,7 @@ def _check_adaptable(model: nn.Module, name: str, module: nn.Module) -> None:
     if core.linear_features(base) is None:
         raise TypeError(f"{name} is a {type(base).__name__}, not linear: match other layers")
     if reason := core._bypassed_by(model, module):
-        raise ValueError(f"{name}: {reason}; match other layers")
+        raise ValueError(f"{name}: {reason}, or match other layers")
 
 
 def _copies(kwargs: Mapping[str, Any]) -> int:
