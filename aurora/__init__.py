@@ -1,6 +1,7 @@
 """Nonlinear low-rank adaptation of PyTorch models: AuroRA (NeurIPS 2025, arXiv:2505.18738)."""
 
 from aurora import _many as _many  # puts itself into core
+from aurora import _refusals as _refusals  # likewise
 from aurora._running import check as check
 from aurora.attention import fuse_attention as fuse_attention
 from aurora.attention import unfuse_attention as unfuse_attention

@@ -1007,9 +1007,12 @@ def _targets(
                 raise ValueError(f"{name}: {reason}, or match other layers")
             found[module] = None
         elif name and any(p is not None for p in module._parameters.values()):
-            kind = type(module).__name__
-            raise TypeError(f"{target!r} matches {name}, a {kind}, which is not linear")
+            told = f"a {type(module).__name__}, which is not linear{explain(module, '')}"
+            raise TypeError(f"{target!r} matches {name}, {told}")
     if not found:
+        for name, owned in view.parameters.items():
+            if pattern and pattern.search(name) and (told := explain(owned.module, "")):
+                raise ValueError(f"{target!r} matches the parameter {name}, and no layer{told}")
         known = {re.sub(r"\d+", "*", n) for n, m in view.modules.items() if linear_features(m)}
         near = ", ".join(difflib.get_close_matches(str(target), sorted(known), 5, cutoff=0.0))
         told = f"the nearest are: {near or 'there are none'}"
@@ -1052,6 +1055,10 @@ def _output_head(model: nn.Module, view: ModelView) -> nn.Module | None:
     return named or (outside[-1] if outside else None)
 
 
+# Why a module, or its layer of that name, cannot be adapted, as the end of a sentence, or nothing.
+explain: Callable[[nn.Module, str], str] = lambda m, key: ""  # noqa: E731  _refusals.py knows more
+
+
 def _bypassed_by(model: nn.Module, layer: nn.Module) -> str | None:
     """Why a parent would never call the layer; other such parents are found by `aurora.check`."""
     unfuse = "aurora.unfuse_attention(model) first"
@@ -1066,6 +1073,10 @@ def _bypassed_by(model: nn.Module, layer: nn.Module) -> str | None:
         if torch.backends.mha.get_fastpath_enabled():
             off = f"{unfuse}, torch.backends.mha.set_fastpath_enabled(False)"
             return f"the fused evaluation of TransformerEncoderLayer bypasses its adapter: {off}"
+    for parent in model.modules():
+        for key in (key for key, child in parent._modules.items() if child is layer):
+            if told := explain(parent, key):
+                return f"{type(parent).__name__} bypasses its adapter{told}"
     return None
 
 
@@ -1087,11 +1098,10 @@ def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None
             told = "is tied to another module, which the merge would change; untie it first"
             raise ValueError(f"{label} {told}")
         if not computes_linear(layer):
-            kind, told = (
-                layer.original.__name__,
-                "computes more than x W^T + b: a merge would differ",
+            told = (
+                f"a {layer.original.__name__}, computes more than x W^T + b: a merge would differ"
             )
-            raise ValueError(f"{name or 'the layer'}, a {kind}, {told}")
+            raise ValueError(f"{name or 'the layer'}, {told}")
 
 
 @torch.no_grad()
