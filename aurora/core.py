@@ -559,7 +559,8 @@ def add_adapter(
     if c.mode == "dynamic":
         y = anl(y.t(), c.scaling, columns=True).t()
     up = as_dtype(B, out.dtype).t()  # (r, out_features)
-    if torch.is_grad_enabled():  # the narrow products of the backward are several times faster
+    # The narrow products of the backward are several times faster; a trace serves both ways.
+    if torch.is_grad_enabled() and not torch._C._get_tracing_state():
         up = up.contiguous()
     # One pass over the output, where product, scaling and sum would take three.
     flat = out.reshape(-1, B.shape[0])  # (N, out_features)
@@ -1283,7 +1284,8 @@ def sigma_with_less_memory(
     z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float, way: Way = ALL_BUMPS
 ) -> Tensor:
     """`sigma` in one of the ways, all of which give the same numbers but for rounding."""
-    if torch.compiler.is_compiling():  # a compiler derives and fuses by itself
+    # A compiler derives and fuses by itself, and a trace can hold no function of Python's.
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return sigma(z, H, w, grid, c, scale)
     if not torch.is_grad_enabled():  # there is nothing to keep
         return way.forward(z, H, w, grid, c, scale)
