@@ -43,4 +43,13 @@ def _bypassed(module: nn.Module, key: str) -> str:
     return ""
 
 
+def register_parameter(self: core.AuroraLinear, name: str, param: nn.Parameter | None) -> None:
+    """Refuse what `parallelize_module` puts in; FSDP2 puts its shards in by another way."""
+    if type(param).__name__ == "DTensor":
+        told = "adapters are not split by tensor parallelism: merge first, or use DDP or FSDP"
+        raise ValueError(f"{type(self).__name__}: {told}")
+    nn.Module.register_parameter(self, name, param)
+
+
 core.explain = explain
+core.AuroraLinear.register_parameter = register_parameter  # type: ignore[method-assign, assignment]

@@ -385,9 +385,8 @@ class ANL(nn.Module):
                 return "its options are not all given"
         except (AttributeError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
             return f"its options cannot be read: {error}"
-        odd = [
-            k for k in ours if ours[k] != other[k] and k not in ("dropout", "init", "projections")
-        ]
+        training = ("dropout", "init", "projections")
+        odd = [k for k in ours if ours[k] != other[k] and k not in training]
         return "; ".join(f"{k} is {other[k]} in the state dict, {ours[k]} here" for k in odd)
 
     def forward(self, z: Tensor, scale: float = 1.0, columns: bool = False) -> Tensor:
@@ -621,6 +620,10 @@ def _new_adapter(layer: nn.Module, config: AuroraConfig) -> dict[str, Any]:
         told = f"rank {config.rank} is above both dimensions of the layer, {features}"
         warnings.warn(told, stacklevel=4)
     like = next(layer.parameters(), torch.empty(()))
+    if type(like).__name__ == "DTensor":
+        raise ValueError(
+            f"the {kind} is split over devices, so that no A x is whole: use DDP or FSDP"
+        )
     options: Any = {"device": like.device, "dtype": wide_dtype(like)}
     A = torch.empty(config.rank, features[0], **options)  # (r, in_features)
     B = torch.empty(features[1], config.rank, **options)  # (out_features, r)
