@@ -385,17 +385,54 @@ def file() -> str:
         return same(answer(peft.PeftModel.from_pretrained(llama(), folder)), answer(model))
 
 
+def trained(folder: str, resume: str | None = None, **options: Any) -> Any:
+    """A model after four steps under transformers' Trainer."""
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    arguments = transformers.TrainingArguments(
+        folder, max_steps=4, save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
+        logging_strategy="no", **options,
+    )  # fmt: skip
+    model = adapt(llama(), list(LAYERS))
+    made = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2])
+    made.train(resume_from_checkpoint=resume)
+    return model
+
+
 def trainer() -> str:
     """transformers' Trainer."""
-    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = transformers.TrainingArguments(
-            folder, max_steps=2, save_steps=2, report_to="none", use_cpu=True, disable_tqdm=True
-        )
-        trained = transformers.Trainer(adapt(llama(), list(LAYERS)), arguments, train_dataset=rows)
-        trained.train()
-        held = sorted(p.name for p in Path(folder, "checkpoint-2").glob("*.safetensors"))
-        return f"a checkpoint holds {', '.join(held)}"
+        whole = trained(folder)
+        half = Path(folder, "checkpoint-2")
+        held = ", ".join(sorted(p.name for p in half.glob("*.safetensors")))
+        resumed = trained(folder + "/again", str(half))
+        return f"a checkpoint holds {held}; resumed {same(answer(resumed), answer(whole))}"
+
+
+def trainer_best() -> str:
+    """transformers' Trainer, the best at the end."""
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        best, last = trained(folder, learning_rate=50.0, **options), trained(folder + "/b")
+        return f"another than the last {not torch.equal(answer(best), answer(last))}"
+
+
+def offloaded_training() -> str:
+    """training over weights that are away."""
+    model = accelerate.cpu_offload(adapt(llama(), list(LAYERS)), torch.device("cpu"))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    return f"adapters have gradients {all(g is not None for g in grads)}"
+
+
+def data_parallel() -> str:
+    """DistributedDataParallel, one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = f"file://{folder}/store"
+        torch.distributed.init_process_group("gloo", place, rank=0, world_size=1)
+        model = nn.parallel.DistributedDataParallel(adapt(mlp(), ["0", "2"]))
+        model(torch.randn(5, 8)).square().sum().backward()
+        torch.distributed.destroy_process_group()
+        return "a step works"
 
 
 def empty_batch() -> str:
@@ -444,6 +481,9 @@ SCENARIOS = [
     device_map,
     file,
     trainer,
+    trainer_best,
+    offloaded_training,
+    data_parallel,
     weights_under_autocast,
     empty_batch,
 ]
