@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import disturb, everything, interrupted_at_every_line
 from torch import nn
 
@@ -327,6 +328,33 @@ def test_files_of_the_adapter_alone(tmp_path):
     aurora.unfuse_attention(fresh)
     aurora.load(fresh, tmp_path / "adapter.safetensors")
     assert torch.equal(answer(fresh), answer(model))
+
+
+def test_a_full_checkpoint_brings_the_adapter(tmp_path):
+    model = adapted()
+    save_file(
+        {n: t.contiguous() for n, t in model.state_dict().items()}, tmp_path / "m.safetensors"
+    )
+    fresh = vision()
+    aurora.unfuse_attention(fresh)
+    assert len(aurora.load(fresh, tmp_path / "m.safetensors").layers) == 12
+    assert torch.equal(answer(fresh), answer(model))
+
+
+def test_biases_that_train_are_in_the_file(tmp_path):
+    model = vision()
+    aurora.unfuse_attention(model)
+    aurora.inject(model, TARGET, train=r"q_proj\.bias$")
+    disturb(model)
+    aurora.save(model, tmp_path / "adapter.safetensors")
+    fresh = vision()
+    aurora.unfuse_attention(fresh)
+    found = aurora.load(fresh, tmp_path / "adapter.safetensors")
+    assert set(found.train) == {n for n, _ in model.named_parameters() if n.endswith("q_proj.bias")}
+    assert torch.equal(answer(fresh), answer(model))
+    aurora.remove(fresh)
+    aurora.fuse_attention(fresh)  # heads stay as they were trained, and so do these
+    assert fresh.blocks[0].self_attention.in_proj_bias[:WIDTH].any()
 
 
 # ---- Copies, moves, errors ----
