@@ -50,8 +50,8 @@ def unfuse_attention(model: nn.Module) -> list[str]:
         >>> aurora.unfuse_attention(model)
         >>> aurora.inject(model, r"self_attention\\.(q|v)_proj$", rank=2)
     """
-    core._refuse_distributed(model)
     found = _found(model, nn.MultiheadAttention, "to unfuse")
+    core._refuse_distributed(model)
     for name, module in found.items():
         _refuse_tied(model, name, module)
     with core.unchanged_on_error(model):
@@ -75,9 +75,14 @@ def fuse_attention(model: nn.Module) -> list[str]:
         The names of the modules.
 
     Raises:
-        ValueError: With the model as it was, if nothing in it was unfused, or it has adapters.
+        ValueError: With the model as it was, if nothing in it was unfused, or it has adapters, of
+            ours or another library's.
     """
     found = _found(model, UnfusedAttention, "that was unfused")
+    for name, module in found.items():
+        for layer in (module._modules[key] for key in _NAMES):
+            if type(layer) is not _Projection:
+                raise ValueError(f"a layer of {name or 'it'} is a {type(layer).__name__} now")
     with core.unchanged_on_error(model):
         for module in found.values():
             for name, whole in module.fused().items():
@@ -157,7 +162,7 @@ class UnfusedAttention(nn.MultiheadAttention):
     ) -> Tensor | None:
         """Both masks as numbers to add to (N, h, L, S); the keys added at the end are seen."""
         if padding is not None:
-            padding = padding.view(-1, 1, 1, padding.shape[-1])
+            padding = padding.reshape(-1, 1, 1, padding.shape[-1])
         extra, total = int(self.bias_k is not None) + int(self.add_zero_attn), None
         for mask in (m for m in (given, padding) if m is not None):
             if mask.dtype == torch.bool:

@@ -437,7 +437,16 @@ def partly():
     return model
 
 
+def exchanged():
+    model = vision()
+    aurora.unfuse_attention(model)
+    model.blocks[0].self_attention.k_proj = nn.Linear(WIDTH, WIDTH)
+    return model
+
+
 REFUSED = {
+    "no model": (lambda: nn.ModuleList(), lambda m: aurora.unfuse_attention(None), "must be an nn"),
+    "a layer was exchanged": (exchanged, aurora.fuse_attention, "self_attention is a Linear now"),
     "nothing to unfuse": (lambda: nn.Linear(2, 2), aurora.unfuse_attention, "no nn.Multihead"),
     "a subclass": (lambda: Own(4, 2), aurora.unfuse_attention, "no nn.Multihead"),
     "adapted already": (partly, aurora.unfuse_attention, "has adapters"),
