@@ -919,3 +919,25 @@ def test_a_folder_that_is_not_aurora_peft(tmp_path):
         ours.convert_aurora_peft(tmp_path, tmp_path / "other")
     with pytest.raises(KeyError, match="AURORA"):
         peft.PeftModel.from_pretrained(Theirs(), THEIRS)
+
+
+def test_attention_that_was_unfused():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    names, x = set(model.state_dict()), torch.randn(2, 5, 8)
+    aurora.unfuse_attention(model)
+    plain = model(x)
+    config = AuroraPeftConfig(r=2, target_modules=["q_proj", "v_proj", "out_proj"])
+    wrapped = peft.get_peft_model(model, config)
+    assert torch.equal(wrapped(x), plain)
+    for p in wrapped.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
+    assert not torch.allclose(wrapped(x), plain)
+    with pytest.raises(ValueError, match="is a AuroraTunerLinear now"):
+        aurora.fuse_attention(model)
+    merged = wrapped.merge_and_unload(method="static")
+    wanted = merged(x)
+    aurora.fuse_attention(merged)
+    assert set(merged.state_dict()) == names
+    torch.testing.assert_close(merged(x), wanted, rtol=1e-4, atol=1e-5)
