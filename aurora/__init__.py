@@ -1,6 +1,6 @@
 """Nonlinear low-rank adaptation of PyTorch models: AuroRA (NeurIPS 2025, arXiv:2505.18738)."""
 
-from aurora import _many as _many  # puts itself into core
+from aurora import _kernels as _kernels  # puts itself into core
 from aurora._running import check as check
 from aurora.bounds import BoundsReport as BoundsReport
 from aurora.bounds import Certificate as Certificate

@@ -197,9 +197,10 @@ def louder(model: nn.Module, _: Sample) -> None:
 class LinearANL(core.ANL):
     """sigma(z) + z: linear beyond the grid, where the splines end."""
 
-    def columns(self, z: Tensor, scale: float = 1.0) -> Tensor:
+    @staticmethod
+    def evaluate(z: Tensor, H: Any, w: Any, grid: Any, config: Any, scale: float) -> Tensor:
         """(r, N) -> (r, N)."""
-        return torch.add(super().columns(z, scale), z, alpha=scale)
+        return torch.add(core.ANL.evaluate(z, H, w, grid, config, scale), z, alpha=scale)
 
 
 @torch.no_grad()
