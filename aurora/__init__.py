@@ -1,6 +1,6 @@
 """Nonlinear low-rank adaptation of PyTorch models: AuroRA (NeurIPS 2025, arXiv:2505.18738)."""
 
-from aurora import _many as _many  # puts itself into core
+from aurora import _kernels as _kernels  # puts itself into core
 from aurora import _refusals as _refusals  # likewise
 from aurora._running import check as check
 from aurora.attention import fuse_attention as fuse_attention

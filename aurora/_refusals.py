@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -10,9 +13,9 @@ from aurora import core
 _WHOLE = "train= trains it whole"
 
 
-def explain(module: nn.Module, key: str) -> str:
-    """Why a module, or its linear layer of that name, cannot be adapted; "" if nothing is known."""
-    why = _bypassed(module, key) if key else _not_linear(module)
+def explain(module: nn.Module, layer: nn.Module | None = None) -> str:
+    """Why a module, or a layer in it, cannot be adapted, as the end of a sentence; or nothing."""
+    why = _not_linear(module) if layer is None else _bypassed(module, layer)
     return f": {why}" if why else ""
 
 
@@ -34,13 +37,29 @@ def _not_linear(module: nn.Module) -> str:
     return ""
 
 
-def _bypassed(module: nn.Module, key: str) -> str:
-    """Mamba's weights that its kernels read: some in training only, some on a GPU only."""
+def _bypassed(module: nn.Module, layer: nn.Module) -> str:
+    unfuse = "aurora.unfuse_attention(model) first"
+    encodes = isinstance(module, nn.TransformerEncoderLayer)
+    attention: Any = module.self_attn if encodes else module
+    if isinstance(attention, nn.MultiheadAttention) and "q_proj" not in attention._modules:
+        if not encodes:
+            return f"it reads the layer's weight; {unfuse}"
+        # The encoder layer does call its linears, once its fused evaluation is off.
+        if torch.backends.mha.get_fastpath_enabled():
+            off = "torch.backends.mha.set_fastpath_enabled(False)"
+            return f"its fused evaluation reads the layer's weight; {unfuse}, {off}"
+    if _read_by_mamba(module, layer):
+        return "Mamba's kernels read the layer's weight; in_proj can be adapted"
+    return ""
+
+
+def _read_by_mamba(module: nn.Module, layer: nn.Module) -> bool:
+    """Mamba's kernels read some weights at any time, some in training only, or on a GPU only."""
+    if not {"A_log", "D"} <= module._parameters.keys():
+        return False
     calls_more = type(module).__name__ in ("JambaMambaMixer", "ZambaMambaMixer")
     reads = ["dt_proj"] if calls_more else ["dt_proj", "x_proj", "out_proj"]
-    if {"A_log", "D"} <= module._parameters.keys() and key in reads:
-        return "Mamba's kernels read its weight; in_proj can be adapted"
-    return ""
+    return any(module._modules.get(name) is layer for name in reads)
 
 
 def register_parameter(self: core.AuroraLinear, name: str, param: nn.Parameter | None) -> None:

@@ -136,9 +136,9 @@ READING = (
     f"A vision transformer of 4 layers learns the digits 0 to 4, then, under a new head, 5 to 9 "
     f"from {EXAMPLES} images in 150 steps of {SIZE}; query and value adapted, alpha = 2 rank, the "
     f"head's rate {HEAD_RATE:g}. Each method's rate is chosen on {DEVELOPMENT} other images, from "
-    f"{', '.join(f'{r:g}' for r in RATES)}. Accuracy in percent on the remaining images, the same "
-    f"for all; the error counts images, paired in differences, and seeds, of which each has its "
-    f"own pretraining, A and batches."
+    f"{', '.join(f'{r:g}' for r in RATES)} (*: at an end of these). Accuracy in percent on the "
+    f"remaining images, the same for all; the error counts images, paired in differences, and "
+    f"{SEEDS} seeds, of which each has its own pretraining, A and batches."
 )
 
 
@@ -149,7 +149,8 @@ def table(found: Mapping[str, dict[tuple[str, int], Record]]) -> str:
         one = next(iter(runs.values()))
         gaps = [accuracy(runs, found[lora]).signed if lora in found else "" for lora in LORAS]
         gaps = ["" if method == lora else gap for lora, gap in zip(LORAS, gaps, strict=True)]
-        rows.append([method, f"{one['adapter']:,}", f"{one['lr']:g}", accuracy(runs), *gaps])
+        rate = f"{one['lr']:g}{'*' if one['lr'] in (RATES[0], RATES[-1]) else ''}"
+        rows.append([method, f"{one['adapter']:,}", rate, accuracy(runs), *gaps])
     header = ["method", "parameters", "rate", "accuracy", *(f"against {lora}" for lora in LORAS)]
     return markdown_table(header, rows)
 

@@ -91,7 +91,7 @@ def test_around_experts_everything_works(kind):
 @pytest.mark.parametrize("kind", ["Mamba", "FalconMamba", "Mamba2"])
 def test_what_mambas_kernels_read_is_refused_and_left_out_of_all_linear(kind):
     subject = model(kind)
-    refused(subject, "out_proj", "Mamba's kernels read its weight; in_proj can be adapted")
+    refused(subject, "out_proj", "Mamba's kernels read the layer's weight; in_proj can be adapted")
     if kind != "Mamba2":
         refused(subject, "dt_proj", "bypasses its adapter")
         refused(subject, "x_proj", "bypasses its adapter")

@@ -553,7 +553,7 @@ REFUSED = {
         Bypassing,
         {"target_modules": ["first", "out_proj"]},
         ValueError,
-        "out_proj: nn.MultiheadAttention reads it by weight",
+        "out_proj: MultiheadAttention bypasses its adapter: it reads the layer's weight",
     ),
 }
 
