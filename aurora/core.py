@@ -562,7 +562,7 @@ def add_adapter(
     if c.dropout:
         x = F.dropout(x, c.dropout, training)
     dynamic = c.mode == "dynamic"
-    down = A if dynamic else anl(A.t(), c.scaling).t()  # (r, in_features); by its hooks
+    down = A if dynamic else anl(A.t(), c.scaling).t()  # (r, in_features)
     y = _narrow_product(as_dtype(down, x.dtype), x)  # (r, N), z if dynamic
     if dynamic:
         y = anl(y, c.scaling, columns=True)
