@@ -78,8 +78,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         name: Which adapter, of several; None for the one in use.
 
     Raises:
-        ValueError: If the model has no adapters, or none of that name; if they are on the meta device, in FSDP1's flat
-            shards, or not finite, which `load` would refuse; if the path is a FIFO or a device.
+        ValueError: If the model has no adapters, or none of that name; if they are on the meta
+            device, in FSDP1's flat shards, or not finite, which `load` would refuse; if the path
+            is a FIFO or a device.
         OSError: If the file cannot be written. The old file is then as it was.
     """
     if name is not None:
@@ -97,9 +98,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         write_atomically(_target(path), data)
 
 
-def load(
-    model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None
-) -> Loaded:
+def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Loaded:
     """Put a saved adapter into a model: all of it, or, on an error or an interrupt, nothing.
 
     A bare model is injected first. One that is injected gets the values in place: parameters stay

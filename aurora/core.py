@@ -433,9 +433,13 @@ class _Off(threading.local):
         self.depth: dict[int, int] = {}
         self.instead: dict[int, Callable[..., Any]] = {}  # aurora/adapters.py fills it
 
+    def covers(self, key: int) -> bool:
+        """Whether a layer's own adapter does not run."""
+        return bool(self.depth.get(key)) or key in self.instead
+
 
 _OFF = _Off()
-_OPEN: list[int] = []  # as long as there are such blocks; old compilers read no _OFF
+_OPEN: list[bool] = []  # not empty once there was such a block: until then nobody asks _OFF
 
 
 class AuroraLinear(nn.Module):
@@ -474,7 +478,7 @@ class AuroraLinear(nn.Module):
     scaling = property(lambda self: self.anl.config.scaling, doc="s = alpha / r.")
     in_features = property(lambda self: self.A.shape[1], doc="The width of x.")
     out_features = property(lambda self: self.B.shape[0], doc="The width of the output.")
-    enabled = property(lambda self: not (_OPEN and _OFF.depth.get(id(self))), doc="Not disabled.")
+    enabled = property(lambda self: not (_OPEN and _OFF.covers(id(self))), doc="It runs.")
 
     def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:
         """Adapt the layer itself, and return it."""
@@ -980,7 +984,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _shift(off: list[nn.Module], by: int) -> None:
-    _OPEN.append(by) if by > 0 else _OPEN.pop()
+    _OPEN[:] = [True]
     depth = dict(_OFF.depth)
     for layer in off:
         depth[id(layer)] = depth.get(id(layer), 0) + by
