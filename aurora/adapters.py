@@ -45,17 +45,17 @@ def _in_use(view: core.ModelView) -> str:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of a model's adapters, the one in use first.
+    """The names of a model's adapters: the one in use, then the others in alphabetical order.
 
     That of an `inject` or a `load` without a name is called "default".
 
     Args:
         model: A model with adapters; ValueError if it has none.
     """
-    names = [_in_use(core.ModelView.adapted(model))]
+    others: set[str] = set()
     for shelf in (m for m in model.modules() if isinstance(m, core.Shelf)):
-        names += [name for name in shelf._modules if name not in (BASE, *names)]
-    return names
+        others |= shelf._modules.keys() - {BASE}
+    return [_in_use(core.ModelView.adapted(model)), *sorted(others)]
 
 
 def _known(model: nn.Module, names: Iterable[Any]) -> None:
@@ -105,6 +105,7 @@ def beside(model: nn.Module, name: str, fill: Callable[[nn.Module], T], use: boo
     _refuse_in_block(model)
     _refuse_name(model, name)
     with core.unchanged_on_error(model):
+        _refuse_tied(view)
         for owned in view.parameters.values():
             core._take_note(owned, set())
         current = _in_use(view) if view.layers else name
@@ -112,8 +113,6 @@ def beside(model: nn.Module, name: str, fill: Callable[[nn.Module], T], use: boo
         shadow = Shadow(wardrobes, None)
         bare = shadow.of(model)
         result = fill(bare)
-        for tree in (model, bare):
-            _refuse_tied(tree)
         for wardrobe in wardrobes:
             part = Part.of(shadow.of(wardrobe.module))
             if part._parameters:
@@ -139,8 +138,7 @@ def _refuse_name(model: nn.Module, name: Any) -> None:
         raise ValueError(f"an adapter's name must be {rule}, got {name!r}")
 
 
-def _refuse_tied(model: nn.Module) -> None:
-    view = core.ModelView.of(model)
+def _refuse_tied(view: core.ModelView) -> None:
     own = kept(view)
     tensors = {id(owned.tensor): name for name, owned in own.items()}
     for name, owned in (view.parameters | view.buffers).items():
@@ -151,8 +149,9 @@ def _refuse_tied(model: nn.Module) -> None:
 
 def own_kept(model: nn.Module) -> None:
     """Put copies in the place of what `train=` kept, so that the original stays as it is."""
-    copies: dict[int, Any] = {}
-    for owned in kept(core.ModelView.of(model)).values():
+    view, copies = core.ModelView.of(model), dict[int, Any]()
+    _refuse_tied(view)
+    for owned in kept(view).values():
         is_buffer = owned.key in owned.module._buffers
         table: dict[str, Any] = owned.module._buffers if is_buffer else owned.module._parameters
         table[owned.key] = copy.deepcopy(owned.tensor, copies)

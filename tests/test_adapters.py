@@ -1,0 +1,666 @@
+"""Several named adapters on one model: each must be what it is alone, and disturb no other."""
+
+import contextlib
+import copy
+import pickle
+import threading
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support import disturb, everything, interrupted_at_every_line, make_model
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import aurora
+from aurora import core
+
+# Layers, ranks, modes and splines differ; "fr" has a head of its own, "it" a bias.
+ADAPTERS = {
+    "fr": (r"^[02]$", {"rank": 2, "train": r"^3\."}),
+    "de": (r"^2$", {"rank": 3, "spline": "per-channel"}),
+    "it": (r"^[02]$", {"rank": 1, "mode": "static", "train": r"^2\.bias"}),
+    "es": (r"^0$", {"rank": 2, "fixed": False, "dropout": 0.5}),
+}
+EVERY = [*ADAPTERS, None]
+X = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+
+
+def alone(name: str | None) -> nn.Module:
+    """The model with one adapter, by the functions for one."""
+    model = make_model().eval()
+    if name is not None:
+        target, options = ADAPTERS[name]
+        aurora.inject(model, target, **options)
+        disturb(model, scale=0.9, phase=10.0 * len(name) + ord(name[0]))
+    return model
+
+
+def outputs(x=X) -> dict[str | None, torch.Tensor]:
+    return {name: alone(name)(x).detach() for name in EVERY}
+
+
+ALONE = outputs()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    for name in ADAPTERS:
+        aurora.save(alone(name), folder / name)
+    return folder
+
+
+@pytest.fixture
+def model(files):
+    """All adapters, "fr" in use."""
+    return loaded(files)
+
+
+def loaded(files, names=tuple(ADAPTERS)) -> nn.Module:
+    model = make_model().eval()
+    for name in names:
+        aurora.load(model, files / name, name=name)
+    return model
+
+
+def compute_what_they_do_alone(model, names=EVERY) -> None:
+    for name in names:
+        with aurora.use(model, name):
+            assert torch.equal(model(X), ALONE[name]), name
+
+
+def test_the_adapters_differ():
+    values = list(ALONE.values())
+    for i, out in enumerate(values):
+        assert not any(torch.allclose(out, other, atol=1e-3) for other in values[:i])
+
+
+# ---- What each computes ----
+
+
+def test_each_computes_what_it_computes_alone(model):
+    compute_what_they_do_alone(model)
+    assert torch.equal(model(X), ALONE["fr"])
+    for name in ADAPTERS:
+        aurora.set_adapter(model, name)
+        assert aurora.adapter_names(model)[0] == name
+        assert torch.equal(model(X), ALONE[name])
+        compute_what_they_do_alone(model)
+
+
+def test_the_first_is_in_use_and_others_wait(files):
+    model = make_model().eval()
+    aurora.load(model, files / "de", name="de")
+    assert aurora.adapter_names(model) == ["de"]
+    report = aurora.load(model, files / "fr", name="fr")
+    assert report.layers == ("0", "2")
+    assert report.train == ("3.weight", "3.bias")
+    assert aurora.adapter_names(model) == ["de", "fr"]
+    assert torch.equal(model(X), ALONE["de"])
+
+
+def test_one_without_a_name_is_as_ever_and_is_called_default(files):
+    model = make_model().eval()
+    aurora.load(model, files / "fr")
+    assert aurora.adapter_names(model) == ["default"]
+    before = everything(model)
+    with aurora.use(model, "default"):
+        assert torch.equal(model(X), ALONE["fr"])
+    with aurora.use(model, rows=["default"] * 5):
+        torch.testing.assert_close(model(X), ALONE["fr"])
+    assert everything(model) == before
+    aurora.load(model, files / "de", name="de")
+    assert aurora.adapter_names(model) == ["default", "de"]
+    assert torch.equal(model(X), ALONE["fr"])
+    for name in ("de", "default"):
+        aurora.set_adapter(model, name)
+    assert torch.equal(model(X), ALONE["fr"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.sampled_from(EVERY), min_size=5, max_size=5), current=st.sampled_from(EVERY)
+)
+def test_rows_of_a_batch_are_what_they_are_alone(several, rows, current):
+    aurora.set_adapter(several, current or "fr")
+    with aurora.use(several, rows=rows):
+        out = several(X)
+    for i, name in enumerate(rows):
+        torch.testing.assert_close(out[i], ALONE[name][i])
+
+
+@pytest.fixture(scope="module")
+def several(files):
+    return loaded(files)
+
+
+def test_rows_of_sequences_and_their_gradients(several):
+    rows = ["de", None, "fr", "it", "de"]
+    x = torch.randn(5, 4, 12, requires_grad=True)
+    with aurora.use(several, rows=rows):
+        out = several(x)
+        out.square().sum().backward()
+    found, x.grad = x.grad, None
+    for i, name in enumerate(rows):
+        with aurora.use(several, name):
+            each = several(x[i])
+        torch.testing.assert_close(out[i], each)
+        each.square().sum().backward()
+    torch.testing.assert_close(found, x.grad)
+
+
+def test_base_alone_is_the_base_bit_for_bit_in_a_row_too(several):
+    with aurora.use(several, rows=[None] * 5):
+        assert torch.equal(several(X), ALONE[None])
+
+
+def test_several_add_up():
+    layer = nn.Linear(6, 4)
+    model = nn.Sequential(layer)
+    x, base = torch.randn(3, 6), layer(torch.zeros(1, 6)) * 0
+    base = layer(x)
+    deltas = {}
+    for name, rank in (("a", 1), ("b", 3), ("c", 2)):
+        aurora.add_adapter(model, name, "0", rank)
+        disturb(model)
+        deltas[name] = model(x) - base
+    with aurora.use(model, ["a", "c"]):
+        torch.testing.assert_close(model(x), base + deltas["a"] + deltas["c"])
+    with aurora.use(model, ["b", "b"]):
+        torch.testing.assert_close(model(x), base + 2 * deltas["b"])
+    with aurora.use(model, []):
+        assert torch.equal(model(x), base)
+
+
+def test_a_sum_with_one_head_has_that_head_and_with_two_is_refused(several, files):
+    with aurora.use(several, ["fr", "de"]):
+        found = several(X)
+    with aurora.use(several, ["de", "fr"]):
+        torch.testing.assert_close(several(X), found)
+    other = loaded(files, ["fr"])
+    aurora.load(other, files / "fr", name="twin")
+    with (
+        pytest.raises(ValueError, match=r"fr, twin each have a bias of a Linear"),
+        aurora.use(other, ["fr", "twin"]),
+    ):
+        pass
+
+
+# ---- Blocks ----
+
+
+def test_blocks_nest_and_end_by_errors_too(model):
+    with aurora.use(model, "de"):
+        with contextlib.suppress(KeyError), aurora.use(model, "it"):
+            assert torch.equal(model(X), ALONE["it"])
+            raise KeyError
+        assert torch.equal(model(X), ALONE["de"])
+        with aurora.use(model, None):
+            assert torch.equal(model(X), ALONE[None])
+        assert torch.equal(model(X), ALONE["de"])
+    assert torch.equal(model(X), ALONE["fr"])
+
+
+def test_blocks_that_overlap(model):
+    a, b = aurora.use(model, "de"), aurora.use(model, "it")
+    a.__enter__()
+    b.__enter__()
+    a.__exit__(None, None, None)
+    assert torch.equal(model(X), ALONE["it"])
+    b.__exit__(None, None, None)
+    assert torch.equal(model(X), ALONE["fr"])
+
+
+@pytest.mark.parametrize("first", [aurora.disabled, lambda m: aurora.use(m, "de")])
+def test_inside_disabled_no_adapter_runs(model, first):
+    """ "de" has no head of its own, and no layer "0", where "fr" is in use."""
+    second = aurora.disabled if first is not aurora.disabled else lambda m: aurora.use(m, "de")
+    with first(model), second(model):
+        assert torch.equal(model(X), ALONE[None])
+        with aurora.use(model, rows=["de"] * 5):
+            torch.testing.assert_close(model(X), ALONE[None])
+        with aurora.use(model, "es"):
+            assert torch.equal(model(X), ALONE[None])
+    with aurora.disabled(model), aurora.use(model, "fr"):  # as without names, heads stay
+        expected = alone("fr")
+        with aurora.disabled(expected):
+            assert torch.equal(model(X), expected(X))
+
+
+def test_the_adapter_in_use_is_off_inside_a_block(model):
+    layer = core.layers(model)["0"]
+    with aurora.use(model, "de"):
+        assert not layer.enabled
+        assert set(aurora.check(model, X)) == {"0", "2"}
+    assert layer.enabled
+    assert not aurora.check(model, X)
+
+
+def test_modes_are_followed_inside_a_block(model):
+    model.train()
+    with aurora.use(model, "es"):
+        assert not torch.equal(model(X), model(X))  # dropout
+        model.eval()
+        assert torch.equal(model(X), ALONE["es"])
+
+
+def test_threads_serve_adapters_of_their_own_while_others_come_and_go(model, files):
+    wrong, done, start = [], threading.Event(), threading.Barrier(5)
+    with torch.no_grad():
+        expected = {name: alone(name)(X) for name in EVERY}
+
+    def serve(name):
+        start.wait()
+        with torch.no_grad(), aurora.use(model, name):
+            count = 0
+            while not done.is_set() or count < 20:
+                count += 1
+                if not torch.equal(model(X), expected[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in ("fr", "de", "it", None)]
+    for thread in threads:
+        thread.start()
+    start.wait()
+    for _ in range(3):
+        aurora.load(model, files / "es", name="new")
+        for name in ("new", "it", "fr"):
+            aurora.set_adapter(model, name)
+        aurora.delete_adapter(model, "new")
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert torch.equal(model(X), ALONE["fr"])
+
+
+def test_checkpointing_inside_a_block(model):
+    from torch.utils.checkpoint import checkpoint
+
+    x = X.clone().requires_grad_()
+    with aurora.use(model, "de"):
+        model(x).square().sum().backward()
+        expected, x.grad = x.grad, None
+        checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+CHANGES = {
+    "add": lambda m, f: aurora.add_adapter(m, "new", "^0$"),
+    "load": lambda m, f: aurora.load(m, f / "de", name="new"),
+    "set": lambda m, f: aurora.set_adapter(m, "de"),
+    "delete": lambda m, f: aurora.delete_adapter(m, "de"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_nothing_changes_inside_a_block(model, files, name):
+    before = everything(model)
+    with aurora.use(model, "it"), pytest.raises(ValueError, match="leave it first"):
+        CHANGES[name](model, files)
+    assert everything(model) == before
+    CHANGES[name](model, files)
+    assert everything(model) != before
+
+
+# ---- Training ----
+
+
+def values(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def step(model, optimizer) -> None:
+    optimizer.zero_grad()
+    (model(X) - 1).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_fresh_one_starts_as_the_base_and_trains_alone(model):
+    before = {name: aurora.adapter_state_dict(alone(name)) for name in ADAPTERS}
+    printed = aurora.add_adapter(
+        model, "pt", r"^[02]$", 4, train=r"^3\.", init="identity", spline="per-channel"
+    )
+    assert printed.layers.keys() == {"0", "2"}
+    assert printed.trainable == sum(p.numel() for p in aurora.parameters(model))
+    assert torch.equal(model(X), ALONE[None])  # not the head of "fr", which was in use
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        step(model, optimizer)
+    assert {p for p in model.parameters() if p.grad is not None} == set(aurora.parameters(model))
+    trained = model(X)
+    assert not torch.allclose(trained, ALONE[None], atol=1e-2)
+    compute_what_they_do_alone(model)
+    for name, state in before.items():
+        aurora.set_adapter(model, name)
+        for key, tensor in aurora.adapter_state_dict(model).items():
+            assert torch.equal(tensor, state[key])
+    aurora.set_adapter(model, "pt")
+    assert torch.equal(model(X), trained)
+
+
+def test_only_the_one_in_use_requires_gradients(model):
+    for name in (*ADAPTERS, "fr"):
+        aurora.set_adapter(model, name)
+        wanted = set(map(id, aurora.parameters(model)))
+        assert {id(p) for p in model.parameters() if p.requires_grad} == wanted
+    aurora.add_adapter(model, "pt", "^0$", projections="fixed", init="zero")
+    for name in ("fr", "pt"):  # A and B that are fixed stay so
+        aurora.set_adapter(model, name)
+        wanted = set(map(id, aurora.parameters(model)))
+        assert {id(p) for p in model.parameters() if p.requires_grad} == wanted
+    assert not model[0].A.requires_grad
+
+
+def test_switching_disturbs_no_training():
+    def make():
+        model = make_model()
+        for name in ("a", "b"):
+            aurora.add_adapter(model, name, r"^[02]$", train=r"^3\.")
+            disturb(model)
+        return model
+
+    switched, still = make(), make()
+    groups = {}
+    for name in ("a", "b"):
+        aurora.set_adapter(switched, name)
+        groups[name] = torch.optim.AdamW(aurora.parameter_groups(switched, lr=0.05))
+    for _ in range(4):
+        for name, optimizer in groups.items():
+            aurora.set_adapter(switched, name)
+            step(switched, optimizer)
+    for name in ("a", "b"):
+        aurora.set_adapter(still, name)
+        optimizer = torch.optim.AdamW(aurora.parameter_groups(still, lr=0.05))
+        for _ in range(4):
+            step(still, optimizer)
+    assert all(map(torch.equal, values(switched).values(), values(still).values()))
+
+
+# ---- What train= kept ----
+
+
+def test_every_adapter_has_a_head_of_its_own(files):
+    model = make_model().eval()
+    own = model[3].weight
+    before = own.detach().clone()
+    aurora.load(model, files / "fr", name="fr")
+    head = model[3].weight
+    assert head is not own
+    assert head.requires_grad
+    aurora.load(model, files / "fr", name="twin")
+    aurora.add_adapter(model, "new", "^0$")
+    assert model[3].weight is own
+    assert torch.equal(own, before)
+    assert not own.requires_grad
+    aurora.set_adapter(model, "fr")
+    assert model[3].weight is head
+    aurora.set_adapter(model, "twin")
+    assert model[3].weight is not head
+    aurora.set_adapter(model, "new")
+    for name in ("fr", "twin"):
+        aurora.delete_adapter(model, name)
+    assert type(model[3]) is nn.Linear
+    assert model[3].weight is own
+
+
+def test_a_head_trained_without_a_name_stays_that_adapters(files):
+    """The base's own starts where it is when the second adapter comes."""
+    model = make_model().eval()
+    aurora.load(model, files / "fr")
+    head, then = model[3].weight, model[3].weight.detach().clone()
+    aurora.load(model, files / "de", name="de")
+    assert model[3].weight is head
+    with torch.no_grad():
+        head.add_(1.0)
+    aurora.set_adapter(model, "de")
+    assert torch.equal(model[3].weight, then)
+    assert not model[3].weight.requires_grad
+    aurora.set_adapter(model, "default")
+    assert model[3].weight is head
+    assert head.requires_grad
+
+
+def test_running_statistics_go_with_their_adapter():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    norm, x = model[1], torch.randn(32, 4)
+    for name in ("a", "b"):
+        aurora.add_adapter(model, name, "^0$", train=r"^1\.")
+    model(3 * x + 5)  # "b"
+    moved = norm.running_mean.clone()
+    aurora.set_adapter(model, "a")
+    assert torch.equal(norm.running_mean, torch.zeros(4))
+    with aurora.use(model, "b"):
+        model(3 * x + 5)
+    assert torch.equal(norm.running_mean, torch.zeros(4))
+    aurora.set_adapter(model, "b")
+    assert norm.num_batches_tracked == 2
+    assert not torch.equal(norm.running_mean, moved)
+    with aurora.use(model, rows=["a"] * 16 + ["b"] * 16):
+        model.eval()(x)
+
+
+def test_a_head_that_is_an_embedding_has_rows(files):
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+    tokens = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    found = {None: model(tokens)}
+    for name in ("a", "b"):
+        aurora.add_adapter(model, name, "1", train=r"^0\.weight")
+        disturb(model, phase=ord(name))
+        found[name] = model(tokens)
+    with aurora.use(model, rows=["b", None, "a"]):
+        out = model(tokens)
+    for i, name in enumerate(["b", None, "a"]):
+        torch.testing.assert_close(out[i], found[name][i])
+
+
+class Head(nn.Module):
+    """Takes two arguments, and holds a parameter itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(3)), nn.Linear(3, 3)
+
+    def forward(self, x, shift=0.0):
+        return self.inner(x) * self.scale + shift
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.first = Head(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.first(x), 1.0)
+
+
+def test_a_head_with_several_arguments_is_switched_but_has_no_rows():
+    model = Body()
+    found = {}
+    for name in ("a", "b"):
+        aurora.add_adapter(model, name, "first|inner", train=r"scale")
+        disturb(model, phase=ord(name))
+        found[name] = model(torch.eye(3))
+    for name in ("a", "b"):
+        with aurora.use(model, name):
+            assert torch.equal(model(torch.eye(3)), found[name])
+    with (
+        aurora.use(model, rows=["a", "b", "a"]),
+        pytest.raises(ValueError, match=r"a Head that train= kept takes several arguments"),
+    ):
+        model(torch.eye(3))
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_tied_heads_stay_tied_or_are_refused():
+    model = tied()
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"2\.weight trains and is tied to 0\.weight"):
+        aurora.add_adapter(model, "a", "1", train=r"^2\.weight")
+    assert everything(model) == before
+    own = model[0].weight
+    for name in ("a", "b"):
+        aurora.add_adapter(model, name, "^1$", train=r"^[02]\.weight")
+        assert model[0].weight is model[2].weight is not own
+    aurora.inject(other := tied(), "1", train=r"^2\.weight")
+    before = everything(other)
+    with pytest.raises(ValueError, match="tied"):
+        aurora.add_adapter(other, "a", "^1$")
+    assert everything(other) == before
+
+
+# ---- Refusals; all or nothing ----
+
+
+@pytest.mark.parametrize("name", ["", "a.b", 3, None, "__base__", "train", "weight.", "_modules"])
+def test_names_that_cannot_be(model, name):
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"must be a text without dots|already"):
+        aurora.add_adapter(model, name, "^0$")
+    assert everything(model) == before
+
+
+def test_names_that_are_taken_or_unknown(model, files):
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"there is an adapter 'fr' already: .*delete_adapter"):
+        aurora.load(model, files / "de", name="fr")
+    with pytest.raises(ValueError, match=r"there is an adapter 'de' already"):
+        aurora.add_adapter(model, "de", "^0$")
+    told = r"no adapter 'fre', there are fr, de, es, it; did you mean 'fr'\?"
+    for act in (
+        aurora.set_adapter,
+        aurora.delete_adapter,
+        lambda m, n: aurora.use(m, n).__enter__(),
+    ):
+        with pytest.raises(ValueError, match=told):
+            act(model, "fre")
+    with pytest.raises(ValueError, match="no adapter 'xx'"), aurora.use(model, rows=["xx"] * 5):
+        pass
+    with pytest.raises(ValueError, match="no adapter 'fe'"):
+        aurora.save(model, files / "never", name="fe")
+    assert everything(model) == before
+    with pytest.raises(ValueError, match="has no AuroRA adapters"):
+        aurora.adapter_names(make_model())
+
+
+@pytest.mark.parametrize("rows", ["fr", [], ["fr"] * 4, ["fr"] * 6])
+def test_rows_that_do_not_match_the_batch(model, rows):
+    with pytest.raises(ValueError, match=r"rows= "), aurora.use(model, rows=rows):
+        model(X)
+    with (
+        pytest.raises(ValueError, match=r"rows= is a list of names, and no others"),
+        aurora.use(model, "fr", rows=["fr"] * 5),
+    ):
+        pass
+    assert torch.equal(model(X), ALONE["fr"])
+
+
+def test_a_failing_load_or_add_leaves_the_model_as_it_was(model, files, tmp_path):
+    path = tmp_path / "bad"
+    before = everything(model)
+    data = bytearray((files / "de").read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        aurora.load(model, path, name="new")
+    wide = make_model(width=13)
+    aurora.inject(wide, "^0$", train=r"^3\.")
+    aurora.save(wide, path)
+    with pytest.raises(ValueError, match="13 -> 8 in the file, 12 -> 8"):
+        aurora.load(model, path, name="new")
+    with pytest.raises(FileNotFoundError):
+        aurora.load(model, tmp_path / "nowhere", name="new")
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        aurora.add_adapter(model, "new", "nowhere")
+    with pytest.raises(ValueError, match="rank must be"):
+        aurora.add_adapter(model, "new", "^0$", 0)
+    with pytest.raises(TypeError, match="not linear"):
+        aurora.add_adapter(nn.Sequential(nn.LayerNorm(2)), "new", "0")
+    assert everything(model) == before
+
+
+def test_a_bare_model_stays_bare_after_an_error(files):
+    model = make_model()
+    before = everything(model)
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        aurora.add_adapter(model, "new", "nowhere")
+    assert everything(model) == before
+
+
+def test_a_model_that_is_distributed_already_is_refused(model, files):
+    class DistributedDataParallel(nn.Sequential):
+        pass
+
+    for change in CHANGES.values():
+        with pytest.raises(ValueError, match="distributed already"):
+            change(DistributedDataParallel(model), files)
+
+
+def test_classes_that_came_later_are_refused(model):
+    before = everything(model)
+    model[0].forward = model[0].forward
+    with pytest.raises(ValueError, match="forward was replaced on the object"):
+        aurora.set_adapter(model, "de")
+    del model[0].forward
+    torch.nn.utils.parametrize.register_parametrization(model[2], "weight", nn.Identity())
+    with pytest.raises(ValueError, match="got another class"):
+        aurora.set_adapter(model, "de")
+    assert everything(model)[0][1:] == before[0][1:]
+
+
+def told(model: nn.Module) -> list:
+    """What a model is, without identities."""
+    found = []
+    for name, module in model.named_modules():
+        note = module.__dict__.get("_aurora", core.Note())
+        found.append((name, type(module).__name__, sorted(note.train), module.training))
+    for name, p in model.named_parameters():
+        found.append((name, p.requires_grad, p.tolist()))
+    return found
+
+
+def tiny(path) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    aurora.inject(model, "^0$", 1, train=r"^1\.")
+    aurora.save(model, path)
+    aurora.add_adapter(model, "a", "^1$", 1, train=r"^0\.bias")
+    return model
+
+
+TINY = {
+    "add": lambda m, path: aurora.add_adapter(m, "b", "^0$", 1, train="1.bias"),
+    "load": lambda m, path: aurora.load(m, path, name="b"),
+    "set": lambda m, path: aurora.set_adapter(m, "default"),
+    "delete": lambda m, path: aurora.delete_adapter(m, "default"),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_an_interrupt_at_any_line_leaves_the_model_before_or_after(name, tmp_path):
+    path = tmp_path / "adapter"
+    finished = tiny(path)
+    before = told(finished)
+
+    def act(model):
+        torch.manual_seed(1)
+        TINY[name](model, path)
+
+    act(finished)
+    after = told(finished)
+    assert before != after
+
+    def check(model, done):
+        assert told(model) in ([after] if done else [before, after])
+
+    start, every = tiny(path), {"set": 3, "delete": 5, "add": 17, "load": 23}[name]
+    prepare = lambda: copy.deepcopy(start)  # noqa: E731
+    assert interrupted_at_every_line(prepare, act, check, every=every) > 100
