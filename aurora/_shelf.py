@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ class Part(nn.Module):
         self._buffers.update(buffers)
         self._modules.update(anl)
         self.kept = frozenset(kept)  # which of the parameters `train=` kept
-        self.required = {key: p.requires_grad for key, p in self.named_parameters()}
+        self.required = {key: p.requires_grad for key, p in self.tensors().items()}
 
     @classmethod
     def of(cls, module: nn.Module) -> Part:
@@ -47,11 +47,12 @@ class Part(nn.Module):
             kept,
         )
 
-    def adapter(self) -> list[tuple[Any, Any, Any]]:
-        """A, B and the ANL; nothing where there is only what `train=` kept."""
-        if "anl" not in self._modules:
-            return []
-        return [(self._parameters["A"], self._parameters["B"], self._modules["anl"])]
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters, by name."""
+        own = list(self._parameters.items())
+        for anl in self._modules.values():
+            own += anl._parameters.items() if anl is not None else ()
+        return {key: p for key, p in own if p is not None}
 
     def without_adapter(self) -> Part:
         """What `train=` kept, and the buffers beside it."""
@@ -60,6 +61,8 @@ class Part(nn.Module):
 
     def completed(self, other: Part, copies: dict[int, Any]) -> Part:
         """With a copy of what only the other has; tied tensors stay tied."""
+        if not other._parameters:
+            return self
         pairs: list[tuple[Any, Any]] = [
             (self._parameters, other._parameters),
             (self._buffers, other._buffers),
@@ -112,6 +115,24 @@ def plain_class(module: nn.Module) -> Any:
     return module.original if ours else type(module)
 
 
+def switchable(model: nn.Module) -> list[nn.Module]:
+    """The modules that a block can switch: adapted layers, and what has a shelf."""
+    return [m for m in model.modules() if isinstance(m, (core.AuroraLinear, Switched))]
+
+
+def waiting(module: nn.Module) -> dict[str, Part]:
+    """What adapters that are not in use have on a module, and, as "__base__", what it lacks."""
+    shelf = module._modules.get(KEY)
+    return cast(Any, dict(shelf._modules)) if isinstance(shelf, core.Shelf) else {}
+
+
+def adapter(holder: nn.Module) -> list[tuple[Any, Any, Any]]:
+    """A, B and the ANL that a layer or a part has; nothing if it has none."""
+    if not isinstance(holder, core.AuroraLinear) and "anl" not in holder._modules:
+        return []
+    return [(holder._parameters["A"], holder._parameters["B"], holder._modules["anl"])]
+
+
 @dataclasses.dataclass
 class Wardrobe:
     """A module's own tensors and children, and by name what adapters have on it."""
@@ -129,22 +150,22 @@ class Wardrobe:
         That of an `inject` has trained the module's own head in place. With `copies` the module
         gets one of its own again, which starts there.
         """
-        shelf, worn = module._modules.get(KEY), Part.of(module)
-        parts: Any = dict(shelf._modules) if isinstance(shelf, core.Shelf) else {}
+        worn, parts = Part.of(module), waiting(module)
         base = parts.pop(BASE, Part())
         if copies is not None:
             base = base.completed(worn.without_adapter(), copies)
-        foreign = {"A", "B"} if worn.adapter() else set()
+        foreign = {"A", "B"} if worn._modules else set()
         own = {key: p for key, p in module._parameters.items() if key not in foreign}
-        children = {key: m for key, m in module._modules.items() if key not in worn._modules}
-        children = {key: m for key, m in children.items() if not isinstance(m, core.Shelf)}
+        foreign |= {KEY} if base._parameters or parts else set()
+        foreign |= worn._modules.keys()
+        children = {key: m for key, m in module._modules.items() if key not in foreign}
         parts = ({current: worn} if worn._parameters else {}) | parts
         return cls(module, own | base._parameters, module._buffers | base._buffers, children, parts)
 
     def view(self, part: Part) -> nn.Module:
         """The module as it would be with an adapter's part: another object, nothing moves."""
         plain = plain_class(self.module)
-        cls = core._adapted_class(plain) if part.adapter() else plain
+        cls = core._adapted_class(plain) if part._modules else plain
         view: nn.Module = object.__new__(cls)
         view.__dict__.update(self.module.__dict__)
         view._parameters = self.parameters | part._parameters
@@ -169,7 +190,7 @@ class Wardrobe:
         if displaced._parameters:
             aside[BASE] = displaced.requires_grad_(False)
         for part in self.parts.values():
-            for key, p in part.named_parameters():
+            for key, p in part.tensors().items():
                 p.requires_grad_(part is worn and part.required[key])
         cls = self._class(worn, aside)
         table = module.__dict__
@@ -177,15 +198,15 @@ class Wardrobe:
         table["_buffers"] = self.buffers | worn._buffers
         table["_modules"] = self.children | worn._modules | _shelf(aside)
         table["_aurora"] = table.get("_aurora", core.Note())._replace(train=worn.kept)
-        for *_, anl in worn.adapter():
-            anl.train(module.training)
+        for anl in worn._modules.values():
+            cast(core.ANL, anl).train(module.training)
         module.__class__ = cls
 
     def _class(self, worn: Part, aside: Mapping[str, Part]) -> Any:
         """The class to take. ValueError if the module cannot change its class."""
         module, plain = self.module, plain_class(self.module)
         kinds = [plain, _switched_class(plain), core._adapted_class(plain)]
-        cls = kinds[2] if worn.adapter() else kinds[bool(aside)]
+        cls = kinds[2] if worn._modules else kinds[bool(aside)]
         if cls is not type(module):
             told = "so that adapters cannot be switched on it; name them before"
             if type(module) not in kinds:
@@ -204,8 +225,8 @@ def _shelf(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 class Shadow:
     """Another tree of modules over a model's tensors, with an adapter in it, or with none."""
 
-    def __init__(self, wardrobes: Iterable[Wardrobe], name: str | None) -> None:
-        self.wardrobes, self.name = {w.module: w for w in wardrobes}, name
+    def __init__(self, wardrobes: Mapping[nn.Module, Wardrobe], name: str | None) -> None:
+        self.wardrobes, self.name = wardrobes, name
         self.made: dict[nn.Module, nn.Module] = {}
 
     def of(self, module: nn.Module) -> nn.Module:

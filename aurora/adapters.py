@@ -24,24 +24,38 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from aurora import core
 from aurora._header import kept
-from aurora._shelf import BASE, KEY, Part, Shadow, Switched, Wardrobe, plain_class
+from aurora._shelf import (
+    BASE,
+    KEY,
+    Part,
+    Shadow,
+    Switched,
+    Wardrobe,
+    adapter,
+    plain_class,
+    switchable,
+    waiting,
+)
 
 T = TypeVar("T")
+_OURS = (core.AuroraLinear, Switched)
 
 # ---- What is on a model ----------------------------------------------------------------------
 
 
-def _in_use(view: core.ModelView) -> str:
-    """The name of the adapter in use; "default" if it has none."""
-    anls = [layer.anl for layer in view.layers.values()]
-    return next((n for anl in anls if (n := anl.__dict__.get("adapter_name"))), "default")
+def _names(modules: Iterable[nn.Module]) -> list[str]:
+    """The names of the adapters on modules: the one in use, then the others."""
+    anls = [m.anl for m in modules if isinstance(m, core.AuroraLinear)]
+    given = (anl.__dict__.get("adapter_name") for anl in anls)
+    others = set[str]().union(*map(waiting, modules)) - {BASE}
+    return [next(filter(None, given), "default"), *sorted(others)]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -52,10 +66,10 @@ def adapter_names(model: nn.Module) -> list[str]:
     Args:
         model: A model with adapters; ValueError if it has none.
     """
-    others: set[str] = set()
-    for shelf in (m for m in model.modules() if isinstance(m, core.Shelf)):
-        others |= shelf._modules.keys() - {BASE}
-    return [_in_use(core.ModelView.adapted(model)), *sorted(others)]
+    modules = switchable(model)
+    if not any(isinstance(module, core.AuroraLinear) for module in modules):
+        core.layers(model)  # refuses
+    return _names(modules)
 
 
 def _known(model: nn.Module, names: Iterable[Any]) -> None:
@@ -67,17 +81,22 @@ def _known(model: nn.Module, names: Iterable[Any]) -> None:
             raise ValueError(f"there is no adapter {name!r}, there are {', '.join(there)}{told}")
 
 
-def _wardrobes(model: nn.Module, copies: dict[int, Any] | None = None) -> list[Wardrobe]:
-    view = core.ModelView.of(model)
-    current, modules = _in_use(view), dict.fromkeys(view.modules.values())
-    usual = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
-    return [Wardrobe.of(module, current, copies) for module in usual]
+def _wardrobes(model: nn.Module, copies: dict[int, Any] | None = None) -> dict[nn.Module, Wardrobe]:
+    """What is on the modules on which adapters have something."""
+    modules = [m for m in model.modules() if isinstance(m, _OURS) or _kept(m)]
+    current = _names(modules)[0]
+    return {module: Wardrobe.of(module, current, copies) for module in modules}
 
 
-def _dress(wardrobes: Iterable[Wardrobe], name: str) -> None:
+def _kept(module: nn.Module) -> frozenset[str]:
+    """What `train=` kept of a module, for the adapter in use."""
+    return cast(core.Note, module.__dict__.get("_aurora", core.Note())).train
+
+
+def _dress(wardrobes: dict[nn.Module, Wardrobe], name: str) -> None:
     """Put an adapter into the layers, in place of the one that is there."""
-    for wardrobe in wardrobes:
-        if wardrobe.parts or KEY in wardrobe.module._modules:
+    for wardrobe in wardrobes.values():
+        if wardrobe.parts or waiting(wardrobe.module):
             wardrobe.dress(name)
 
 
@@ -108,16 +127,16 @@ def beside(model: nn.Module, name: str, fill: Callable[[nn.Module], T], use: boo
         _refuse_tied(view)
         for owned in view.parameters.values():
             core._take_note(owned, set())
-        current = _in_use(view) if view.layers else name
         wardrobes = _wardrobes(model, copies={})
+        current = adapter_names(model)[0] if view.layers else name
         shadow = Shadow(wardrobes, None)
-        bare = shadow.of(model)
-        result = fill(bare)
-        for wardrobe in wardrobes:
-            part = Part.of(shadow.of(wardrobe.module))
+        result = fill(shadow.of(model))
+        for module, bare in shadow.made.items():
+            part = Part.of(bare)
             if part._parameters:
+                wardrobe = wardrobes.setdefault(module, Wardrobe.of(module, ""))
                 wardrobe.parts[name] = part
-            for *_, anl in part.adapter():
+            for anl in part._modules.values():
                 anl.__dict__["adapter_name"] = name
         _dress(wardrobes, name if use else current)
         trained = set(core.parameters(model))
@@ -241,7 +260,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         way = "set_adapter to another first, or aurora.remove(model) if it is the only one"
         raise ValueError(f"the adapter {name!r} is in use: {way}")
     with core.unchanged_on_error(model):
-        for wardrobe in wardrobes:
+        for wardrobe in wardrobes.values():
             wardrobe.parts.pop(name, None)
         _dress(wardrobes, current)
 
@@ -257,7 +276,7 @@ def _before_remove(model: nn.Module) -> None:
     refuse_others(model)
     _refuse_in_block(model)
     for module in dict.fromkeys(core.ModelView.of(model).modules.values()):
-        if isinstance(module, (core.AuroraLinear, Switched)):
+        if isinstance(module, _OURS):
             module._modules.pop(KEY, None)
         if isinstance(module, Switched):
             module.__class__ = plain_class(module)
@@ -392,14 +411,14 @@ def _chosen(model: nn.Module, names: Any, rows: Any) -> dict[int, _Choice]:
             grouped.setdefault(() if name is None else (name,), []).append(i)
     _known(model, itertools.chain.from_iterable(grouped))
     numbers = functools.lru_cache(None)(functools.partial(_numbers, list(grouped.values())))
-    choices = {}
-    for wardrobe in _wardrobes(model):
-        module = wardrobe.module
-        if isinstance(module, (core.AuroraLinear, Switched)):
-            device = next(module.parameters(), torch.empty(())).device
-            per_group, order = ([None], None) if rows is None else numbers(device)
-            groups = [_group(wardrobe, *each) for each in zip(grouped, per_group, strict=True)]
-            choices[id(module)] = _Choice(module, groups, order)
+    modules, choices = switchable(model), {}
+    current = _names(modules)[0]
+    for module in modules:
+        device = next(module.parameters(), torch.empty(())).device
+        each, order = ([None], None) if rows is None else numbers(device)
+        has = _has(module, current)
+        groups = [_Group(*has(names), its) for names, its in zip(grouped, each, strict=True)]
+        choices[id(module)] = _Choice(module, groups, order)
     return choices
 
 
@@ -410,17 +429,29 @@ def _numbers(groups: list[list[int]], device: torch.device) -> tuple[list[Tensor
         return each, torch.cat(each).argsort()
 
 
-def _group(wardrobe: Wardrobe, names: Sequence[str], rows: Tensor | None) -> _Group:
-    parts = [wardrobe.parts[name] for name in names if name in wardrobe.parts]
-    adapters = list(itertools.chain.from_iterable(part.adapter() for part in parts))
-    if not any(part.kept for part in wardrobe.parts.values()):
-        return _Group(None, adapters, rows)
+def _has(module: nn.Module, current: str) -> Callable[[Sequence[str]], tuple[Any, Any]]:
+    """By names of adapters, a module with what `train=` kept for them, and A, B, ANL of each."""
+    parts = {**waiting(module), current: module}
+    keeps = _kept(module) or any(part.kept for part in waiting(module).values())
+    wardrobe = Wardrobe.of(module, current) if keeps else None
+
+    def find(names: Sequence[str]) -> tuple[Any, Any]:
+        adapters = [adapter(parts[name]) for name in names if name in parts]
+        own = None if wardrobe is None else wardrobe.view(_merged(wardrobe, names))
+        return own, list(itertools.chain.from_iterable(adapters))
+
+    return find
+
+
+def _merged(wardrobe: Wardrobe, names: Sequence[str]) -> Part:
+    """What `train=` kept for adapters that run together. ValueError if two have the same."""
     merged = Part()
-    for part in (part.without_adapter() for part in parts):
+    for part in (wardrobe.parts[name] for name in names if name in wardrobe.parts):
         if both := merged.kept & part.kept:
             where = f"{min(both)} of a {plain_class(wardrobe.module).__name__}"
             told = f"each have a {where} of their own, by train=, and these do not add up"
             raise ValueError(f"the adapters {', '.join(names)} {told}")
-        parameters, buffers = (merged._parameters | part._parameters), part._buffers
-        merged = Part(parameters, merged._buffers | buffers, {}, merged.kept | part.kept)
-    return _Group(wardrobe.view(merged), adapters, rows)
+        own = part.without_adapter()
+        parameters = merged._parameters | own._parameters
+        merged = Part(parameters, merged._buffers | own._buffers, {}, merged.kept | own.kept)
+    return merged
