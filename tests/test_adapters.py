@@ -664,3 +664,310 @@ def test_an_interrupt_at_any_line_leaves_the_model_before_or_after(name, tmp_pat
     start, every = tiny(path), {"set": 3, "delete": 5, "add": 17, "load": 23}[name]
     prepare = lambda: copy.deepcopy(start)  # noqa: E731
     assert interrupted_at_every_line(prepare, act, check, every=every) > 100
+
+
+# ---- Files and state dicts ----
+
+
+def test_save_by_name_is_what_was_loaded(model, files, tmp_path):
+    aurora.set_adapter(model, "de")
+    before = everything(model)
+    for name in ADAPTERS:
+        aurora.save(model, tmp_path / name, name=name)
+        assert (tmp_path / name).read_bytes() == (files / name).read_bytes()
+    assert everything(model) == before
+    aurora.save(model, tmp_path / "in use")
+    assert (tmp_path / "in use").read_bytes() == (files / "de").read_bytes()
+
+
+def test_load_without_a_name_fills_the_one_in_use(model, files):
+    disturb(model)
+    parameters = list(model.parameters())
+    aurora.load(model, files / "fr")
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    compute_what_they_do_alone(model)
+    before = everything(model)
+    with pytest.raises(ValueError, match="adapted in the model only"):
+        aurora.load(model, files / "de")
+    assert everything(model) == before
+
+
+def test_names_in_a_state_dict(model):
+    state = model.state_dict()
+    assert make_model().state_dict().keys() < state.keys()
+    assert torch.equal(state["0.weight"], make_model()[0].weight)
+    assert {key for key in state if key.startswith(("1.", "3."))} == {
+        *("3.weight", "3.bias", "3.aurora.__base__.weight", "3.aurora.__base__.bias")
+    }
+    assert {key for key in state if key.startswith("2.aurora.it.")} == {
+        *("2.aurora.it.A", "2.aurora.it.B", "2.aurora.it.bias", "2.aurora.it.anl._extra_state"),
+        *("2.aurora.it.anl.H", "2.aurora.it.anl.spline_weight"),
+    }
+
+
+def test_a_state_dict_goes_back_where_the_same_adapter_is_in_use(model, files):
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    other = loaded(files)
+    for name in ADAPTERS:
+        aurora.set_adapter(other, name)
+        disturb(other)
+    with pytest.raises(RuntimeError, match="Missing key"):  # "es" is in use
+        other.load_state_dict(state)
+    aurora.set_adapter(other, "fr")
+    other.load_state_dict(state)
+    compute_what_they_do_alone(other)
+
+
+def test_a_full_checkpoint_gives_the_one_in_use_and_says_what_it_left(model, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    aurora.set_adapter(model, "de")
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    bare = make_model().eval()
+    report = aurora.load(bare, tmp_path, name="found")
+    assert report.layers == ("2",)
+    assert "0.aurora.fr" in report.left
+    assert "2.aurora.it" in report.left
+    assert torch.equal(bare(X), ALONE["de"])
+
+
+# ---- What other functions mean ----
+
+
+def test_functions_act_on_the_one_in_use(model):
+    for name in ADAPTERS:
+        aurora.set_adapter(model, name)
+        single = alone(name)
+        assert core.layers(model).keys() == core.layers(single).keys()
+        assert aurora.summary(model).trainable == aurora.summary(single).trainable
+        assert len(aurora.parameters(model)) == len(aurora.parameters(single))
+        found, wanted = aurora.parameter_groups(model), aurora.parameter_groups(single)
+        assert [len(g["params"]) for g in found] == [len(g["params"]) for g in wanted]
+        assert aurora.adapter_state_dict(model).keys() == aurora.adapter_state_dict(single).keys()
+        assert str(aurora.report_bounds(model, X)) == str(aurora.report_bounds(single, X))
+        with aurora.disabled(model), aurora.disabled(single):
+            assert torch.equal(model(X), single(X))
+
+
+@pytest.mark.parametrize(
+    "merge", [aurora.merge, aurora.static_merge, lambda m: aurora.merge(m, "calibrated", [X])]
+)
+def test_a_merge_is_refused_until_the_others_are_gone(files, merge):
+    model = loaded(files, ["it", "fr", "de"])
+    before = everything(model)
+    with pytest.raises(
+        ValueError, match=r"other adapters are on the model, de, fr: .*delete_adapt"
+    ):
+        merge(model)
+    assert everything(model) == before
+    for name in ("fr", "de"):
+        aurora.delete_adapter(model, name)
+    report = merge(model)
+    assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear, nn.Linear]
+    assert not any("aurora" in key for key in model.state_dict())
+    torch.testing.assert_close(model(X), ALONE["it"])  # static, so that it merges exactly
+    if isinstance(report, aurora.MergeReport):
+        report.unmerge()
+        assert aurora.adapter_names(model) == ["it"]
+        assert torch.equal(model(X), ALONE["it"])
+
+
+def test_remove_is_refused_until_the_others_are_gone_and_leaves_a_plain_model(files):
+    model = make_model().eval()
+    fresh = everything(model)
+    tensors = list(model.parameters())
+    for name in ("de", "it"):
+        aurora.load(model, files / name, name=name)
+    before = everything(model)
+    for only in (None, [model[2]]):
+        with pytest.raises(ValueError, match=r"other adapters are on the model, it"):
+            aurora.remove(model, only)
+    assert everything(model) == before
+    aurora.delete_adapter(model, "it")
+    aurora.remove(model)
+    assert everything(model) == fresh
+    assert all(a is b for a, b in zip(model.parameters(), tensors, strict=True))
+    aurora.load(model, files / "fr", name="fr")
+    aurora.remove(model)  # heads stay as trained, as ever
+    assert torch.equal(model[3].weight, alone("fr")[3].weight)
+    assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear, nn.Linear]
+
+
+def test_deleting(model):
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"'fr' is in use: set_adapter to another first"):
+        aurora.delete_adapter(model, "fr")
+    assert everything(model) == before
+    count = sum(p.numel() for p in alone("it").parameters()) - sum(
+        p.numel() for p in make_model().parameters()
+    )
+    total = sum(p.numel() for p in model.parameters())
+    aurora.delete_adapter(model, "it")
+    bias = 8
+    assert sum(p.numel() for p in model.parameters()) == total - count - bias
+    assert aurora.adapter_names(model) == ["fr", "de", "es"]
+    compute_what_they_do_alone(model, ["fr", "de", "es", None])
+
+
+def test_inject_gives_the_one_in_use_more_layers(files):
+    model = loaded(files, ["de"])
+    aurora.add_adapter(model, "new", "^0$", 1)
+    aurora.inject(model, "^3$", 2)
+    disturb(model)
+    out = model(X)
+    aurora.set_adapter(model, "de")
+    assert core.layers(model).keys() == {"2"}
+    assert torch.equal(model(X), ALONE["de"])
+    with aurora.use(model, "new"):
+        assert torch.equal(model(X), out)
+    with pytest.raises(ValueError, match="adapted already"):
+        aurora.inject(model, "^0$")
+
+
+# ---- Ordinary parameters ----
+
+
+def test_copies_and_pickles(model):
+    aurora.set_adapter(model, "es")
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert told(copied) == told(model)
+        compute_what_they_do_alone(copied)
+        aurora.set_adapter(copied, "de")
+        disturb(copied)
+        compute_what_they_do_alone(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_all_are_moved_and_cast(model, dtype):
+    model.to(dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    for name in EVERY:
+        with aurora.use(model, name):
+            out = model(X.to(dtype))
+        torch.testing.assert_close(out, alone(name).to(dtype)(X.to(dtype)))
+    with aurora.use(model, rows=["fr", "de", "it", "es", None]):
+        assert model(X.to(dtype)).dtype == dtype
+    assert {b.dtype for b in (core.layers(model)["0"].anl.grid.one,)} == {
+        torch.float64 if dtype == torch.float64 else torch.float32
+    }
+
+
+def test_data_parallel_finds_no_unused_parameters(model, tmp_path):
+    distributed = torch.distributed
+    store = f"file://{tmp_path / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            parallel(X).square().sum().backward()
+        assert all(p.grad is not None for p in aurora.parameters(model))
+        with torch.no_grad(), aurora.use(parallel, "de"):
+            torch.testing.assert_close(parallel(X), ALONE["de"])
+        with pytest.raises(ValueError, match="distributed already"):
+            aurora.set_adapter(parallel, "de")
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_what_is_compiled_anew():
+    """Adapters of the same layers and options share graphs, in `set_adapter` and in `use`."""
+    torch._dynamo.reset()
+    model, names = make_model().eval(), ["a", "b", "c", "d"]
+    for name in names:
+        aurora.add_adapter(model, name, r"^[02]$", train=r"^3\.")
+        disturb(model, phase=ord(name))
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    def graphs(*blocks) -> int:
+        before = counter.frame_count
+        for block in blocks:
+            with block:
+                torch.testing.assert_close(compiled(X), model(X))
+        return counter.frame_count - before
+
+    use = lambda *args, **options: aurora.use(model, *args, **options)  # noqa: E731
+    assert graphs(contextlib.nullcontext()) == 1
+    for name in names:
+        aurora.set_adapter(model, name)
+        assert graphs(contextlib.nullcontext()) == 0
+    assert graphs(use("a"), use("b"), use("c")) == 1
+    assert graphs(use("d")) == 1  # in use, so that it requires gradients
+    with use("a"):
+        assert graphs(use("b"), use("c"), use("d")) == 0  # nested
+    assert graphs(use(None)) == 1
+    assert graphs(use(rows=["a", "b", "a", "b", "b"])) == 1
+    assert graphs(use(rows=["c", "a", "c", "c", "a"])) <= 1  # once more, for any sizes
+    assert graphs(use(rows=["b", "b", "c", "c", "c"]), use(rows=["a", "b", "a", "a", "b"])) == 0
+    assert graphs(contextlib.nullcontext()) <= 1  # the way out of the first block
+    assert graphs(use("c"), contextlib.nullcontext(), use("a")) == 0
+    thread = threading.Thread(target=lambda: found.append(graphs(use("b"), use("a"))))
+    found = []
+    thread.start()
+    thread.join()
+    assert found == [0]
+
+
+# ---- A state machine ----
+
+
+class Life(RuleBasedStateMachine):
+    """Adapters come, train, are switched and go; each always computes what it did."""
+
+    @initialize()
+    def start(self):
+        self.model = make_model().eval()
+        self.count, self.expected = 0, {None: self.model(X).detach()}
+
+    def names(self):
+        return [name for name in self.expected if name is not None]
+
+    @rule(
+        layers=st.sampled_from([r"^0$", r"^2$", r"^[02]$"]),
+        rank=st.integers(1, 3),
+        train=st.sampled_from([None, r"^3\.", r"^2\.bias"]),
+    )
+    def add(self, layers, rank, train):
+        name = f"n{self.count}"
+        self.count += 1
+        aurora.add_adapter(self.model, name, layers, rank, train=train)
+        assert torch.equal(self.model(X), self.expected[None])
+        self.expected[name] = self.expected[None]
+
+    @rule()
+    def train(self):
+        if self.names():
+            step(self.model, torch.optim.SGD(self.model.parameters(), lr=0.1))
+            self.expected[aurora.adapter_names(self.model)[0]] = self.model(X).detach()
+
+    @rule(data=st.data())
+    def switch(self, data):
+        if self.names():
+            aurora.set_adapter(self.model, data.draw(st.sampled_from(self.names())))
+
+    @rule(data=st.data())
+    def delete(self, data):
+        if len(self.names()) > 1:
+            name = data.draw(st.sampled_from(self.names()))
+            if name != aurora.adapter_names(self.model)[0]:
+                aurora.delete_adapter(self.model, name)
+                del self.expected[name]
+
+    @rule()
+    def copy(self):
+        self.model = copy.deepcopy(self.model)
+
+    @invariant()
+    def each_computes_what_it_did(self):
+        if not hasattr(self, "model") or not self.names():
+            return
+        assert set(aurora.adapter_names(self.model)) == set(self.names())
+        assert torch.equal(self.model(X), self.expected[aurora.adapter_names(self.model)[0]])
+        for name, expected in self.expected.items():
+            with aurora.use(self.model, name):
+                assert torch.equal(self.model(X), expected)
+        trained = set(aurora.parameters(self.model))
+        assert {p for p in self.model.parameters() if p.requires_grad} == trained
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=12, stateful_step_count=10, deadline=None)
