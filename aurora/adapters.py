@@ -138,6 +138,7 @@ def beside(model: nn.Module, name: str, fill: Callable[[nn.Module], T], use: boo
                 wardrobe.parts[name] = part
             for anl in part._modules.values():
                 anl.__dict__["adapter_name"] = name
+        _refuse_bypassed(model, wardrobes)
         _dress(wardrobes, name if use else current)
         trained = set(core.parameters(model))
         for owned in core.ModelView.of(model).parameters.values():
@@ -164,6 +165,18 @@ def _refuse_tied(view: core.ModelView) -> None:
         if name not in own and id(owned.tensor) in tensors:
             told = f"{tensors[id(owned.tensor)]} trains and is tied to {name}, which would not"
             raise ValueError(f"{told} be switched with it: untie them, or name both in train=")
+
+
+def _refuse_bypassed(model: nn.Module, wardrobes: dict[nn.Module, Wardrobe]) -> None:
+    """ValueError for a head that `use` could not switch, as its parent never calls it."""
+    for module, wardrobe in wardrobes.items():
+        if any(part.kept for part in wardrobe.parts.values()):
+            kind, reason = plain_class(module), core._bypassed_by(model, module)
+            if kind.forward is nn.Module.forward:
+                reason = "its parent reads its tensors"
+            if reason:
+                told = "so that no block could switch what train= keeps of it"
+                raise ValueError(f"a {kind.__name__}: {reason}, {told}")
 
 
 def own_kept(model: nn.Module) -> None:
@@ -204,7 +217,8 @@ def add_adapter(
 
     Raises:
         ValueError: With the model as it was: a name that is taken or cannot be; a tensor in
-            `train` that is tied to one outside; inside a block of `use`; whatever `inject` refuses.
+            `train` that is tied to one outside, or is read past its module's forward; inside a
+            block of `use`; whatever `inject` refuses.
         TypeError: As in `inject`.
 
     Example:
@@ -382,9 +396,9 @@ def use(
             layers are given, None for the base alone. Beams need a name each.
 
     Raises:
-        ValueError: No such adapter; several that have the same tensor of their own. Inside the
-            block, from the model: the first dimension has another length than rows, or what
-            `train=` kept takes several arguments.
+        ValueError: No such adapter; several that have the same tensor of their own; adapters in
+            shards. Inside the block, from the model: the first dimension has another length than
+            rows, or what `train=` kept takes several arguments.
 
     Example:
         >>> with aurora.use(model, rows=["fr", "de", None]):
@@ -436,9 +450,12 @@ def _has(module: nn.Module, current: str) -> Callable[[Sequence[str]], tuple[Any
     wardrobe = Wardrobe.of(module, current) if keeps else None
 
     def find(names: Sequence[str]) -> tuple[Any, Any]:
-        adapters = [adapter(parts[name]) for name in names if name in parts]
-        own = None if wardrobe is None else wardrobe.view(_merged(wardrobe, names))
-        return own, list(itertools.chain.from_iterable(adapters))
+        found = (adapter(parts[name]) for name in names if name in parts)
+        adapters = list(itertools.chain.from_iterable(found))
+        if any(hasattr(A, "placements") or A.dim() != 2 for A, *_ in adapters):
+            told = "set_adapter the one to run with before sharding"
+            raise ValueError(f"the adapters are sharded, and a block would use a shard: {told}")
+        return None if wardrobe is None else wardrobe.view(_merged(wardrobe, names)), adapters
 
     return find
 

@@ -517,6 +517,30 @@ def test_tied_heads_stay_tied_or_are_refused():
     assert everything(other) == before
 
 
+PAST_FORWARD = {
+    "a ParameterList: its parent reads its tensors": (
+        lambda: nn.ParameterList([nn.Parameter(torch.ones(3))]),
+        r"^a\.0",
+    ),
+    "a LayerNorm: the fused evaluation": (lambda: nn.TransformerEncoderLayer(4, 1, 4), "norm1"),
+    "reads it by weight": (lambda: nn.MultiheadAttention(4, 1), r"out_proj\.bias"),
+}
+
+
+@pytest.mark.parametrize("reason", PAST_FORWARD)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_head_that_its_parent_reads_is_refused(reason, named):
+    """A block could not switch it."""
+    make, train = PAST_FORWARD[reason]
+    model = nn.ModuleDict({"a": make(), "b": nn.Linear(3, 3)})
+    if not named:
+        aurora.inject(model, "^b$", train=train)  # alone it may
+    before = everything(model)
+    with pytest.raises(ValueError, match=reason):
+        aurora.add_adapter(model, "new", "^b$", train=train if named else None)
+    assert everything(model) == before
+
+
 # ---- Refusals; all or nothing ----
 
 
