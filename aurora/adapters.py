@@ -7,9 +7,8 @@
         model(batch)
 
 The adapter in use is in the layers, as an only one would be, and all other functions of `aurora`
-act on it. The others wait: each module on which one has anything, A, B and the ANL of a layer or
-what `train=` kept of a head, has a child "aurora" with it, by the adapter's name. They are ordinary
-parameters, in `state_dict()` as "<layer>.aurora.<name>.A", and do not require gradients.
+act on it. The others wait on shelves of their modules (_shelf.py): ordinary parameters, which do
+not require gradients, in `state_dict()` as "<layer>.aurora.<name>.A".
 
 What `train=` kept belongs to the adapter: each has a head of its own, which is switched with it,
 because an adapter is of no use under another's head. The base's own head waits as "__base__".
@@ -387,7 +386,7 @@ def use(
     adapter in use, such as `save` and `parameters`, still acts on that.
 
     Compiled graphs run on without compiling anew for adapters that have the same layers, ranks and
-    options as others they were compiled with, and for rows that fall into as many groups.
+    options as others they were compiled with; docs/guide.md says it in full.
 
     Args:
         model: A model with adapters.
@@ -415,25 +414,32 @@ def use(
 
 def _chosen(model: nn.Module, names: Any, rows: Any) -> dict[int, _Choice]:
     """What is to run, by module."""
-    if rows is None:
-        grouped: dict[Any, Any] = {(names,) if isinstance(names, str) else tuple(names or ()): None}
-    else:
-        if names is not None or isinstance(rows, str) or not len(rows):
-            raise ValueError(f"rows= is a list of names, and no others go with it, got {rows!r}")
-        grouped = {}
-        for i, name in enumerate(rows):
-            grouped.setdefault(() if name is None else (name,), []).append(i)
+    grouped = _grouped(names, rows)
     _known(model, itertools.chain.from_iterable(grouped))
-    numbers = functools.lru_cache(None)(functools.partial(_numbers, list(grouped.values())))
     modules, choices = switchable(model), {}
     current = _names(modules)[0]
+    # In an order that depends on as little as can be, as a compiled graph holds for one order.
+    order = sorted(grouped, key=lambda g: (len(g), g == (current,), len(grouped[g] or ())))
+    numbers = functools.lru_cache(None)(functools.partial(_numbers, [grouped[g] for g in order]))
     for module in modules:
         device = next(module.parameters(), torch.empty(())).device
-        each, order = ([None], None) if rows is None else numbers(device)
+        each, back = ([None], None) if rows is None else numbers(device)
         has = _has(module, current)
-        groups = [_Group(*has(names), its) for names, its in zip(grouped, each, strict=True)]
-        choices[id(module)] = _Choice(module, groups, order)
+        groups = [_Group(*has(names), its) for names, its in zip(order, each, strict=True)]
+        choices[id(module)] = _Choice(module, groups, back)
     return choices
+
+
+def _grouped(names: Any, rows: Any) -> dict[tuple[str, ...], Any]:
+    """Which adapters are to run together, and on which rows; None for all."""
+    if rows is None:
+        return {(names,) if isinstance(names, str) else tuple(names or ()): None}
+    if names is not None or isinstance(rows, str) or not len(rows):
+        raise ValueError(f"rows= is a list of names, and no others go with it, got {rows!r}")
+    grouped: dict[tuple[str, ...], list[int]] = {}
+    for i, name in enumerate(rows):
+        grouped.setdefault(() if name is None else (name,), []).append(i)
+    return grouped
 
 
 def _numbers(groups: list[list[int]], device: torch.device) -> tuple[list[Tensor], Tensor]:

@@ -875,7 +875,7 @@ def test_all_are_moved_and_cast(model, dtype):
     }
 
 
-def test_data_parallel_finds_no_unused_parameters(model, tmp_path):
+def test_distributed_models_run_what_is_in_use(model, tmp_path):
     distributed = torch.distributed
     store = f"file://{tmp_path / 'store'}"
     distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
@@ -888,13 +888,22 @@ def test_data_parallel_finds_no_unused_parameters(model, tmp_path):
             torch.testing.assert_close(parallel(X), ALONE["de"])
         with pytest.raises(ValueError, match="distributed already"):
             aurora.set_adapter(parallel, "de")
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="sharded"), aurora.use(model, "de"):
+            pass
+        with pytest.raises(ValueError, match="distributed already"):
+            aurora.set_adapter(model, "de")
+        torch.testing.assert_close(model(X), ALONE["fr"])
     finally:
         distributed.destroy_process_group()
 
 
-def test_what_is_compiled_anew():
+def test_what_is_compiled_anew(monkeypatch):
     """Adapters of the same layers and options share graphs, in `set_adapter` and in `use`."""
     torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 16)
     model, names = make_model().eval(), ["a", "b", "c", "d"]
     for name in names:
         aurora.add_adapter(model, name, r"^[02]$", train=r"^3\.")
@@ -919,9 +928,15 @@ def test_what_is_compiled_anew():
     with use("a"):
         assert graphs(use("b"), use("c"), use("d")) == 0  # nested
     assert graphs(use(None)) == 1
-    assert graphs(use(rows=["a", "b", "a", "b", "b"])) == 1
-    assert graphs(use(rows=["c", "a", "c", "c", "a"])) <= 1  # once more, for any sizes
-    assert graphs(use(rows=["b", "b", "c", "c", "c"]), use(rows=["a", "b", "a", "a", "b"])) == 0
+    for rows in (
+        ["abaab", "cacca", "bbccc", "aabbb"],
+        ["bdddb", "adada", "dddcc", "aaadd"],  # with the one in use
+        ["bb...", ".aaa.", "ccc..", "...aa"],  # with the base
+    ):
+        several = [[None if name == "." else name for name in batch] for batch in rows]
+        assert graphs(use(rows=several[0])) == 1
+        assert graphs(use(rows=several[1])) <= 1  # once more, for any sizes
+        assert graphs(use(rows=several[2]), use(rows=several[3])) == 0
     assert graphs(contextlib.nullcontext()) <= 1  # the way out of the first block
     assert graphs(use("c"), contextlib.nullcontext(), use("a")) == 0
     thread = threading.Thread(target=lambda: found.append(graphs(use("b"), use("a"))))
