@@ -23,7 +23,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ from aurora._shelf import (
     switchable,
     waiting,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 T = TypeVar("T")
 _OURS = (core.AuroraLinear, Switched)
@@ -195,7 +198,7 @@ def add_adapter(
     rank: int | core.AuroraConfig = 2,
     *,
     train: str | None = None,
-    **options: Any,
+    **options: Unpack[core.Options],
 ) -> core.Injection:
     """Adapt layers by a fresh adapter with a name, beside those that are there, and use it.
 

@@ -230,6 +230,12 @@ def test_inside_disabled_no_adapter_runs(model, first):
             assert torch.equal(model(X), expected(X))
 
 
+def test_inside_disabled_layers_that_the_one_in_use_lacks_are_off_too(model):
+    aurora.set_adapter(model, "de")  # on layer "2" alone
+    with aurora.use(model, "es"), aurora.disabled(model):  # on layer "0" alone
+        assert torch.equal(model(X), ALONE[None])
+
+
 def test_the_adapter_in_use_is_off_inside_a_block(model):
     layer = core.layers(model)["0"]
     with aurora.use(model, "de"):
@@ -435,6 +441,9 @@ def test_running_statistics_go_with_their_adapter():
     assert torch.equal(norm.running_mean, torch.zeros(4))
     with aurora.use(model, "b"):
         model(3 * x + 5)
+        model.eval()
+        model(x)  # moves nothing
+        model.train()
     assert torch.equal(norm.running_mean, torch.zeros(4))
     aurora.set_adapter(model, "b")
     assert norm.num_batches_tracked == 2
