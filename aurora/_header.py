@@ -91,6 +91,8 @@ class Header:
             found = None if module is None else core.linear_features(module)
             if module is None:
                 problem = "missing in the model"
+                if isinstance(view.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+                    problem += ": aurora.unfuse_attention(model) first"
             elif first[module] != name:
                 problem = f"the same layer as {shown(first[module])} in the model"
             elif found is None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aurora import _many
+from aurora import _kernels
 from aurora._certificate import Layer, frobenius, norm, product, times
 
 # --- Arithmetic ---------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class Rounding:
         self.lost = math.isinf(z.error) and not layer.static  # z may overflow, and be NaN
         self.shift = self.shifts()
         k, n = layer.config.spline_order, layer.w.shape[1]
-        terms = self.r + layer.count + n * (k // 2 + 1) + k + max(rows, self.columns)
+        terms = self.r + layer.count * n * (k // 2 + 1) + k + max(rows, self.columns)
         self.unit = 16 * self.inner.eps + terms * self.inner.fine
 
     # The steps around sigma
@@ -159,8 +159,8 @@ class Rounding:
         terms = [(math.comb(k + 1, i), (k + 1) / 2 - i) for i in range(k // 2 + 1)]
         value = sum(b * t**k for b, t in terms) / math.factorial(k)
         slope = sum(b * t ** (k - 1) for b, t in terms) / math.factorial(k - 1)
-        value = max(value, *(sum(map(abs, piece)) for piece in _many.pieces(k)))
-        slope = max(slope, *(k * sum(map(abs, piece)) for piece in _many.slopes(k)))
+        value = max(value, *(sum(map(abs, piece)) for piece in _kernels.pieces(k)))
+        slope = max(slope, *(k * sum(map(abs, piece)) for piece in _kernels.slopes(k)))
         return value + distance, slope + 2 * distance
 
     def weights(self) -> Tensor:

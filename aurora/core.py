@@ -125,25 +125,26 @@ class AuroraConfig:
     init: Init = "paper"
     projections: Projections = "trained"
 
+    # Made of the options, and attributes: properties take 3% of a small layer's time. ClassVar, as
+    # dataclasses would take them for options.
+    scaling: ClassVar[float]  # s = alpha / rank
+    cells_per_unit: ClassVar[float]  # 1 / h, the inverse of the knot spacing
+    spread: ClassVar[int]  # n I, how many numbers `sigma` makes of one
+
     def __post_init__(self) -> None:
         for name, valid, rule in _rules(self):
             if not valid:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
         # Lists and NumPy's or PyTorch's numbers are welcome, but are neither hashable nor JSON.
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
-        for name, value in (("alpha", float(alpha)), ("dropout", float(self.dropout))):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "grid_range", _as_range(self.grid_range))
-
-    @property
-    def scaling(self) -> float:
-        """s = alpha / rank."""
-        return cast(float, self.alpha) / self.rank
-
-    @property
-    def cells_per_unit(self) -> float:
-        """1 / h, the inverse of the knot spacing."""
-        return self.grid_size / (self.grid_range[1] - self.grid_range[0])
+        low, high = _as_range(self.grid_range)
+        keep = functools.partial(object.__setattr__, self)  # the class is frozen
+        keep("alpha", float(alpha))
+        keep("dropout", float(self.dropout))
+        keep("grid_range", (low, high))
+        keep("scaling", float(alpha) / self.rank)
+        keep("cells_per_unit", self.grid_size / (high - low))
+        keep("spread", (self.grid_size + self.spline_order) * (self.spline_order // 2 + 1))
 
 
 def _rules(c: AuroraConfig) -> Iterator[tuple[str, bool, str]]:
@@ -263,23 +264,25 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
+def own(module: nn.Module, name: str) -> Any:
+    """`module.name` of a parameter, by a shorter way than PyTorch's `__getattr__`."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def as_dtype(t: Any, dtype: torch.dtype) -> Any:
     """The tensor in a dtype, None as None. To ask PyTorch takes a microsecond, this does not."""
     return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
-def is_autocast_on(kind: str) -> bool:
-    """Whether autocast is on for a type of device; False where there is no autocast."""
-    try:
-        return torch.is_autocast_enabled(kind)
-    except RuntimeError:  # the meta device, for one; to ask first breaks the graph of old compilers
-        return False
-
-
 def full_precision(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast off: inside the ANL every matrix is r wide, and half precision saves nothing."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if is_autocast_on(kind) else contextlib.nullcontext()
+    try:
+        on = torch.is_autocast_enabled(kind)
+    except RuntimeError:  # the meta device, for one; to ask first breaks the graph of old compilers
+        on = False
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
 
 
 # ---- The adaptive nonlinear layer -----------------------------------------------------------
@@ -303,7 +306,7 @@ class ANL(nn.Module):
     """
 
     # The last section of this file puts a version here that keeps less memory for the backward,
-    # and aurora/_many.py one that is faster for many points.
+    # and aurora/_kernels.py one that is faster.
     evaluate = staticmethod(sigma)
 
     def __init__(
@@ -385,42 +388,46 @@ class ANL(nn.Module):
                 return "its options are not all given"
         except (AttributeError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
             return f"its options cannot be read: {error}"
-        odd = [
-            k for k in ours if ours[k] != other[k] and k not in ("dropout", "init", "projections")
-        ]
+        free = ("dropout", "init", "projections")
+        odd = [k for k in ours if ours[k] != other[k] and k not in free]
         return "; ".join(f"{k} is {other[k]} in the state dict, {ours[k]} here" for k in odd)
 
     def forward(self, z: Tensor, scale: float = 1.0, columns: bool = False) -> Tensor:
-        """`scale * sigma(z)` for z (..., r), or (r, N) if columns. ValueError for other input."""
+        """`scale * sigma(z)` for z (..., r), or (r, N) if columns. ValueError for other input.
+
+        Columns are taken for a product made under the autocast that is on, if one is.
+        """
         r = self.config.rank
-        if z.shape[0 if columns else -1 :][:1] != (r,) or not z.is_floating_point():
+        if not z.dim() or z.shape[0 if columns else -1] != r or not z.is_floating_point():
             wanted = f"an ANL of rank {r} wants floats (..., {r})"
             raise ValueError(f"{wanted}, got {z.dtype} of shape {tuple(z.shape)}")
-        if columns:
-            return self.columns(z, scale)
-        return self.columns(z.reshape(-1, r).t(), scale).t().reshape(z.shape)
+        if not columns:
+            return self.columns(z.reshape(-1, r).t(), scale).t().reshape(z.shape)
+        if z.dtype == self.grid.one.dtype:  # so autocast is off; to ask costs 5% of a small layer
+            return self._of_wide(z, scale)
+        return self.columns(z, scale)
 
     def columns(self, z: Tensor, scale: float = 1.0) -> Tensor:
         """`scale * sigma` of every column of z (r, N) -> (r, N)."""
-        if is_autocast_on(z.device.type):
-            with torch.autocast(z.device.type, enabled=False):
-                return self.columns(z, scale)
-        grid, dtype = self.grid, wide_dtype(z, self.grid.one)
-        if grid.one.dtype != dtype or grid.one.device != z.device:  # a wider input, or assigned
+        with full_precision(z):
+            wide = as_dtype(z, wide_dtype(z, self.grid.one))
+            return cast(Tensor, as_dtype(self._of_wide(wide, scale), z.dtype))
+
+    def _of_wide(self, z: Tensor, scale: float) -> Tensor:
+        """The same for a z of the nonlinear arithmetic's dtype, outside autocast."""
+        grid, dtype = self.grid, z.dtype
+        if grid.one.dtype != dtype or grid.one.device != z.device:  # a wider z, or assigned
             grid = Grid.of(self.config, dtype, z.device)
-        H, w = as_dtype(self.H, dtype), as_dtype(self.spline_weight, dtype)
-        wide = as_dtype(z, dtype).contiguous()  # long rows
-        out = self.evaluate(wide, H, w, grid, self.config, scale)  # (r, N)
-        return cast(Tensor, as_dtype(out, z.dtype))
+        H, w = as_dtype(own(self, "H"), dtype), as_dtype(own(self, "spline_weight"), dtype)
+        return self.evaluate(z.contiguous(), H, w, grid, self.config, scale)  # along long rows
 
     def extra_repr(self) -> str:
         """The options in a line, as `print(model)` shows them."""
         c = self.config
         grid = f"{c.grid_size} cells of order {c.spline_order} on {c.grid_range}"
         F_part = f"F: {c.activation}" if c.fixed else "no F"
-        return (
-            f"rank={c.rank}, {F_part}, {f'{c.spline} splines, {grid}' if c.learnable else 'no L'}"
-        )
+        L_part = f"{c.spline} splines, {grid}" if c.learnable else "no L"
+        return f"rank={c.rank}, {F_part}, {L_part}"
 
 
 # ---- The adapted layer ----------------------------------------------------------------------
@@ -517,9 +524,9 @@ class AuroraLinear(nn.Module):
         """x (..., in_features) -> (..., out_features); further arguments go to the base."""
         if _OPEN and (instead := _OFF.instead.get(id(self))):
             return cast(Tensor, instead(*args, **kwargs))
-        out = super().forward(*args, **kwargs)
-        if not self.enabled:
-            return cast(Tensor, out)
+        out: Tensor = self.original.forward(self, *args, **kwargs)
+        if _OPEN and not self.enabled:
+            return out
         return self.add_adapter(out, args[0] if args else next(iter(kwargs.values())))
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
@@ -530,7 +537,7 @@ class AuroraLinear(nn.Module):
 
     def add_adapter(self, out: Tensor, x: Tensor) -> Tensor:
         """`out + s B sigma(A x)` for out (..., out_features), x (..., in_features); new tensor."""
-        return add_adapter(out, x, self.A, self.B, self.anl, self.training)
+        return add_adapter(out, x, own(self, "A"), own(self, "B"), self.anl, self.training)
 
     def static_update(self) -> Tensor:
         """`s B sigma(A)`, (out_features, in_features), sigma on each column of A, in float32+."""
@@ -561,16 +568,29 @@ def add_adapter(
     c = anl.config
     if c.dropout:
         x = F.dropout(x, c.dropout, training)
-    down = anl(A, c.scaling, columns=True) if c.mode == "static" else A  # (r, in_features)
-    y = F.linear(x, as_dtype(down, x.dtype)).reshape(-1, c.rank)  # (N, r), z if dynamic
-    if c.mode == "dynamic":
-        y = anl(y.t(), c.scaling, columns=True).t()
+    dynamic = c.mode == "dynamic"
+    down = A if dynamic else anl(A.t(), c.scaling).t()  # (r, in_features)
+    y = _narrow_product(as_dtype(down, x.dtype), x)  # (r, N), z if dynamic
+    if dynamic:
+        y = anl(y, c.scaling, columns=True)
     up = as_dtype(B, out.dtype).t()  # (r, out_features)
-    if torch.is_grad_enabled():  # the narrow products of the backward are several times faster
+    if torch.is_grad_enabled() or torch._C._get_tracing_state():  # for a fast backward
         up = up.contiguous()
+    y = as_dtype(y, out.dtype).t()  # (N, r)
     # One pass over the output, where product, scaling and sum would take three.
-    flat = out.reshape(-1, B.shape[0])  # (N, out_features)
-    return torch.addmm(flat, as_dtype(y, out.dtype), up).view_as(out)
+    if out.dim() == 2:
+        return torch.addmm(out, y, up)
+    return torch.addmm(out.reshape(-1, B.shape[0]), y, up).view_as(out)
+
+
+def _narrow_product(A: Tensor, x: Tensor) -> Tensor:
+    """`A x` for A (r, in_features) and x (..., in_features) -> (r, N)."""
+    # Few columns take up to five times less time than few rows. In training, the gradient of a
+    # view of x would take as much memory as x.
+    if len(A) <= 8 and not (torch.is_grad_enabled() or torch._C._get_tracing_state()):
+        return A @ x.reshape(-1, x.shape[-1]).t()
+    y = F.linear(x, A)
+    return (y if y.dim() == 2 else y.reshape(-1, len(A))).t()
 
 
 _ADAPTED: dict[Any, Any] = {}  # class -> its adapted class, made once
@@ -1021,12 +1041,15 @@ def _targets(
             raise ValueError(f"{name} is adapted already: aurora.remove(model) first")
         if linear_features(module):
             if reason := _bypassed_by(model, module):
-                raise ValueError(f"{name}: {reason}; match other layers")
+                raise ValueError(f"{name}: {reason}, or match other layers")
             found[module] = None
         elif name and any(p is not None for p in module._parameters.values()):
-            kind = type(module).__name__
-            raise TypeError(f"{target!r} matches {name}, a {kind}, which is not linear")
+            told = f"a {type(module).__name__}, which is not linear{explain(module)}"
+            raise TypeError(f"{target!r} matches {name}, {told}")
     if not found:
+        for name, owned in view.parameters.items():
+            if pattern and pattern.search(name) and (told := explain(owned.module)):
+                raise ValueError(f"{target!r} matches the parameter {name}, and no layer{told}")
         known = {re.sub(r"\d+", "*", n) for n, m in view.modules.items() if linear_features(m)}
         near = ", ".join(difflib.get_close_matches(str(target), sorted(known), 5, cutoff=0.0))
         told = f"the nearest are: {near or 'there are none'}"
@@ -1038,11 +1061,11 @@ def _refuse_distributed(model: nn.Module) -> None:
     """Adapters drawn after sharding or DDP would differ between ranks and never be averaged."""
     for module in model.modules():
         kinds = {cls.__name__ for cls in type(module).__mro__}
-        if kinds & {"DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"}:
-            raise ValueError(
-                "the model is distributed already, so that ranks would drift apart: inject first "
-                "(with one seed on all ranks), then DistributedDataParallel or fully_shard"
-            )
+        kinds |= {type(p).__name__ for p in module._parameters.values()}
+        known = {"DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel", "DTensor"}
+        if kinds & known:
+            told = "ranks would drift apart, or hold no whole A x: inject first, by one seed"
+            raise ValueError(f"the model is distributed already; {told}, then DDP or fully_shard")
 
 
 def _all_linear(
@@ -1069,17 +1092,17 @@ def _output_head(model: nn.Module, view: ModelView) -> nn.Module | None:
     return named or (outside[-1] if outside else None)
 
 
+def explain(module: nn.Module, layer: nn.Module | None = None) -> str:
+    """Why a module, or a layer in it, cannot be adapted, where it is known; see _refusals.py."""
+    reads = isinstance(module, nn.MultiheadAttention) and layer is not None
+    return ": it reads the layer's weight" if reads else ""
+
+
 def _bypassed_by(model: nn.Module, layer: nn.Module) -> str | None:
     """Why a parent would never call the layer; other such parents are found by `aurora.check`."""
-    for parent in (m for m in model.modules() if layer in m._modules.values()):
-        if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads it by weight and bypasses its adapter"
-        # PyTorch's encoder layer does call its linears, once its fused evaluation is off.
-        fused = torch.backends.mha.get_fastpath_enabled()
-        if isinstance(parent, nn.TransformerEncoderLayer) and fused:
-            off = "torch.backends.mha.set_fastpath_enabled(False)"
-            return f"the fused evaluation of TransformerEncoderLayer bypasses its adapter: {off}"
-    return None
+    parents = (m for m in model.modules() if layer in m._modules.values())
+    told = ((type(m).__name__, why) for m in parents if (why := explain(m, layer)))
+    return next((f"{kind} bypasses its adapter{why}" for kind, why in told), None)
 
 
 def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None:
@@ -1100,11 +1123,8 @@ def check_mergeable(model: nn.Module, found: Mapping[str, AuroraLinear]) -> None
             told = "is tied to another module, which the merge would change; untie it first"
             raise ValueError(f"{label} {told}")
         if not computes_linear(layer):
-            kind, told = (
-                layer.original.__name__,
-                "computes more than x W^T + b: a merge would differ",
-            )
-            raise ValueError(f"{name or 'the layer'}, a {kind}, {told}")
+            told = f"{layer.original.__name__}, computes more than x W^T + b: a merge would differ"
+            raise ValueError(f"{name or 'the layer'}, a {told}")
 
 
 @torch.no_grad()
@@ -1286,7 +1306,7 @@ def sigma_with_less_memory(
     z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float, way: Way = ALL_BUMPS
 ) -> Tensor:
     """`sigma` in one of the ways, all of which give the same numbers but for rounding."""
-    if torch.compiler.is_compiling():  # a compiler derives and fuses by itself
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():  # which derive by themselves
         return sigma(z, H, w, grid, c, scale)
     if not torch.is_grad_enabled():  # there is nothing to keep
         return way.forward(z, H, w, grid, c, scale)

@@ -76,7 +76,7 @@ class Run(NamedTuple):
     """All that fixes a run.
 
     side: "development", "held-out", "diagnosis", which is development with measurements inside the
-    model, "long", which is development with many steps, or "language". method: a setting's name.
+    model, "long", with many steps and judged on both sides, or "language". method: its name.
     corpus: "all" for the four mixed, else one, for the language model. texts: at most so many of a
     corpus to learn from. held: at most so many of a corpus to be judged by. start: "own", or
     "shared", where all methods start with the same A, so that differences tell methods apart and
@@ -126,8 +126,16 @@ def read_ratings(run: Run) -> Record:
     found["seconds"] = time.perf_counter() - start
     if run.side == "diagnosis":
         found["after"] = diagnose(model, sample)
-    answers = {name: task.predict(model, texts) for name, texts in judged.items()}
-    return found | scored(answers, by_corpus=run.side == "held-out")
+    found |= scored(answers(model, judged), by_corpus=run.side == "held-out")
+    if run.side == "long":
+        held_out = folds.sides("held-out", run.texts, run.held)[1]
+        found["corpora"] = scored(answers(model, held_out), by_corpus=True)["corpora"]
+    return found
+
+
+def answers(model: nn.Module, judged: Mapping[str, task.Texts]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(outputs, ratings) of the texts that judge, by corpus."""
+    return {name: task.predict(model, texts) for name, texts in judged.items()}
 
 
 def trained(model: nn.Module) -> int:
@@ -165,8 +173,8 @@ def continue_texts(run: Run) -> Record:
     torch.manual_seed(run.seed)
     model = copy.deepcopy(source)
     few = {"input_ids": learn[:16], "attention_mask": torch.ones_like(learn[:16])}
-    steps = run.steps - spent(setting)
-    first = learn[: 8 * spent(setting)].split(8)
+    cost = spent(setting, head=False)
+    steps, first = run.steps - cost, learn[: 8 * cost].split(8)
     sample = Sample([few], learn[:64].split(8), next_token_loss, first)
     prepare(model, setting, run.placed(LANGUAGE_MODEL), sample)
     rates = groups(model, setting, run.lr)
@@ -275,10 +283,9 @@ class Plan(NamedTuple):
         return Run("held-out", name, lr, "all", seed, *amount, "shared")
 
     def longer(self, name: str, lr: float, seed: int = 0) -> Run:
-        """A long run on the development fold, half a decade below the rate of the short ones."""
-        lower = min(map(rate, range(LOWEST, HIGHEST)), key=lambda r: abs(math.log(r * 3.2 / lr)))
+        """A long run, whose rate the development fold chooses and the held-out folds judge."""
         amount = (self.long_steps, self.texts, self.held)
-        return Run("long", name, lower, "all", seed, *amount, "shared")
+        return Run("long", name, lr, "all", seed, *amount, "shared")
 
 
 QUICK_PLAN = Plan(10, 100, 60, 4, 60, 30, 20, taking_part(QUICK))
@@ -378,22 +385,70 @@ def pending(plan: Plan, lines: Lines, language: bool = False, long: bool = False
         judges = {name: lr for name, lr in ready.items() if seed < SETTINGS[name].seeds}
         later += [plan.judge(name, lr, seed) for name, lr in judges.items()]
     if long:
-        later += [plan.longer(name, lr) for name, lr in ready.items() if _is_long(name)]
+        later += long_runs(plan, lines)
     if language:
         later += language_runs(lines)
     yield from (run for run in later if run.key not in lines)
 
 
-def _is_long(name: str) -> bool:
-    return LONG in SETTINGS[name].parts
+LONG_SEEDS, LANGUAGE_SEEDS = 2, 3
+
+
+def long_rates(plan: Plan, name: str, lines: Lines) -> list[float]:
+    """The rates that a setting trains long at: the short runs' choice, and half a decade below.
+
+    Longer training likes lower rates. Empty where the short runs have not chosen.
+    """
+    lr = chosen_rate(plan, name, lines)
+    if lr is None:
+        return []
+    grid = [rate(i) for i in range(LOWEST, HIGHEST)]
+    return [min(grid, key=lambda r: abs(math.log(3.2 * r / lr))), lr]
+
+
+def best_long_rate(plan: Plan, name: str, lines: Lines) -> float | None:
+    """The rate of the long runs with the least development loss; None where one is missing."""
+    name = SETTINGS[name].rate_of or name
+    runs = [plan.longer(name, lr) for lr in long_rates(plan, name, lines)]
+    if not runs or any(run.key not in lines for run in runs):
+        return None
+    return min(runs, key=lambda run: lines[run.key]["loss"]).lr
+
+
+def long_runs(plan: Plan, lines: Lines) -> list[Run]:
+    """The long runs that can start: first those that choose a rate, then seed by seed."""
+    names = [name for name in plan.chosen() if LONG in SETTINGS[name].parts]
+    found = []
+    for name in (name for name in names if not SETTINGS[name].rate_of):
+        found += [plan.longer(name, lr) for lr in long_rates(plan, name, lines)]
+    best = {name: best_long_rate(plan, name, lines) for name in names}
+    for seed in range(LONG_SEEDS):
+        found += [plan.longer(name, lr, seed) for name, lr in best.items() if lr]
+    return list(dict.fromkeys(found))
+
+
+def continued(name: str, lr: float, seed: int = 0) -> Run:
+    """A run of the language model."""
+    return Run("language", name, lr, "editorials", seed, 60, 1024, 64, "shared")
+
+
+def language_sweep(name: str, lines: Lines) -> tuple[Losses, list[Run]]:
+    """(losses, the runs still needed), of the language model with one seed."""
+    make = functools.partial(continued, SETTINGS[name].rate_of or name)
+    return swept(make, [-12, -10, -8], 2, lines)
 
 
 def language_runs(lines: Lines) -> Iterator[Run]:
-    """The language model's runs still needed, every method at several rates."""
-    amount = {"corpus": "editorials", "seed": 0, "steps": 60, "texts": 1024, "held": 64}
+    """The language model's runs that can start: every method at several rates, then more seeds."""
+    ready = {}
     for name in taking_part(LANGUAGE):
-        make = functools.partial(Run, "language", name, start="shared", **amount)  # type: ignore
-        yield from swept(make, [-12, -10, -8], 2, lines)[1]
+        losses, needed = language_sweep(name, lines)
+        yield from needed
+        if losses:
+            ready[name] = best_rate(losses)
+    for seed in range(LANGUAGE_SEEDS):
+        for name, lr in ready.items():
+            yield continued(name, lr, seed)
 
 
 # --- The report -----------------------------------------------------------------------------------
@@ -549,42 +604,64 @@ def diagnosis_table(lines: Lines) -> str:
 
 def language_table(lines: Lines) -> str:
     """Held-out perplexity of the language model, at the rate that is best on development."""
-    best: dict[str, Record] = {}
-    for r in lines.values():
-        if r["side"] == "language":
-            best[r["method"]] = min(best.get(r["method"], r), r, key=lambda r: r["loss"])
+    best: dict[str, dict[int, Record]] = {}
+    for name in taking_part(LANGUAGE):
+        losses, _ = language_sweep(name, lines)
+        for seed in range(LANGUAGE_SEEDS) if losses else ():
+            record = lines.get(continued(name, best_rate(losses), seed).key)
+            if record:
+                best.setdefault(name, {})[seed] = record
     against = [name for name in taking_part(AGAINST) if LANGUAGE in SETTINGS[name].parts]
     rows = []
-    for name, r in best.items():
-        held = np.array(r["held-out losses"])
-        perplexities = [f"{math.exp(loss):.3f}" for loss in (r["loss"], held.mean())]
+    for name, runs in best.items():
+        one = next(iter(runs.values()))
+        held = np.mean([r["held-out losses"] for r in runs.values()])
+        development = statistics.fmean(r["loss"] for r in runs.values())
+        perplexities = [f"{math.exp(loss):.3f}" for loss in (development, held)]
         gaps = []
         for other in against:
             known = other in best and other != name
-            gaps.append(_paired(held - np.array(best[other]["held-out losses"])) if known else "-")
-        rows.append([name, f"{r['adapter']:,}", f"{r['lr']:g}", *perplexities, *gaps])
-    header = ["SmolLM2-135M", "parameters", "rate", "development perplexity"]
+            gaps.append(_paired(runs, best[other]) if known else "-")
+        start = [name, f"{one['adapter']:,}", f"{one['lr']:g}", len(runs)]
+        rows.append([*start, *perplexities, *gaps])
+    header = ["SmolLM2-135M", "parameters", "rate", "seeds", "development perplexity"]
     gaps = [f"loss - {other}" for other in against]
     return markdown_table([*header, "held-out perplexity", *gaps], rows)
 
 
-def _paired(gap: np.ndarray) -> str:
-    error = gap.std(ddof=1) / math.sqrt(len(gap))
-    return f"{gap.mean():+.4f} ± {error:.4f}"
+def _paired(runs: Mapping[int, Record], others: Mapping[int, Record]) -> str:
+    """The mean difference of the losses; its error counts sequences, paired, and seeds."""
+    both = [seed for seed in runs if seed in others]
+    gap = np.array(
+        [np.subtract(runs[s]["held-out losses"], others[s]["held-out losses"]) for s in both]
+    )  # (seeds, sequences)
+    variance = gap.mean(0).var(ddof=1) / gap.shape[1]
+    if len(both) > 1:
+        variance += gap.mean(1).var(ddof=1) / len(both)
+    return f"{gap.mean():+.4f} ± {math.sqrt(variance):.4f}"
 
 
-def long_table(lines: Lines) -> str:
-    """Scores on the development fold after many steps."""
+def judged_long(plan: Plan, lines: Lines) -> Judged:
+    """The long runs on the held-out folds, each at the rate that the development fold chose."""
+    found: Judged = {}
+    for name in (name for name in plan.chosen() if LONG in SETTINGS[name].parts):
+        lr = best_long_rate(plan, name, lines)
+        for seed in range(LONG_SEEDS) if lr else ():
+            record = lines.get(plan.longer(name, lr, seed).key)  # type: ignore[arg-type]
+            for corpus, scores in record["corpora"].items() if record else ():
+                found.setdefault(name, {})[corpus, seed] = {**record, **scores}  # type: ignore
+    return found
+
+
+def long_table(plan: Plan, lines: Lines) -> str:
+    """Development loss of the long runs, by method, rate and seed."""
     rows = []
     for r in lines.values():
-        if r["side"] == "long":
+        if r["side"] == "long" and r["steps"] == plan.long_steps:
             scores = [f"{100 * r[score]:.2f}" for score in ("accuracy", "pearson")]
-            count = f"{r['adapter']:,}"
-            rows.append(
-                [r["method"], count, f"{r['lr']:g}", r["steps"], f"{r['loss']:.4f}", *scores]
-            )
-    header = ["longer training, development", "parameters", "rate", "steps", "loss"]
-    return markdown_table([*header, "accuracy", "Pearson"], rows)
+            rows.append([r["method"], f"{r['lr']:g}", r["seed"], f"{r['loss']:.4f}", *scores])
+    header = [f"{plan.long_steps} steps, development", "rate", "seed", "loss"]
+    return markdown_table([*header, "accuracy", "Pearson"], sorted(rows))
 
 
 def verdict(found: Judged) -> list[str]:
@@ -644,7 +721,10 @@ def report(out: Path, plan: Plan, lines: Lines) -> Path:
     if any(r["side"] == "diagnosis" for r in lines.values()):
         parts += ["## Inside the model", diagnosis_table(lines)]
     if any(r["side"] == "long" for r in lines.values()):
-        parts += ["## Longer training", READING_LONG, long_table(lines)]
+        parts += ["## Longer training", READING_LONG]
+        if longer := judged_long(plan, lines):
+            parts += [scores_table(longer)]
+        parts += [long_table(plan, lines)]
     if any(r["side"] == "language" for r in lines.values()):
         parts += ["## A language model", READING_LANGUAGE, language_table(lines)]
     title, where = "What each method learns with its parameters", records.machines(lines.values())
@@ -652,14 +732,16 @@ def report(out: Path, plan: Plan, lines: Lines) -> Path:
 
 
 READING_LONG = (
-    "On the development fold, one seed, the same A for methods that draw it, each half a decade "
-    "below its rate for the short runs; all texts of the fold count alike."
+    "As above, with 1,000 steps. Every method trains at its rate for the short runs and half a "
+    "decade below; the better of the two on the development fold is judged on the held-out folds. "
+    "Methods that start from the gradient take the rate of the method without."
 )
 
 READING_LANGUAGE = (
-    "All linear layers adapted, editorials, one seed, the same A for methods of a rank, each at "
-    "the rate that is best on development. Loss in nats a token; the error of a difference counts "
-    "held-out sequences, paired."
+    "All linear layers adapted, editorials, 60 steps of 8 sequences, looks at the gradient "
+    "included; the same A for methods of a rank that draw it; each at the rate that is best on "
+    "development with one seed. Loss in nats a token; the error of a difference counts held-out "
+    "sequences, paired, and seeds."
 )
 
 

@@ -14,10 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,7 +34,6 @@ from benchmarks.lab.steps import (
     CONTENDERS,
     OURS,
     PEFT,
-    PLAIN,
     QUERY_VALUE,
     RIVAL,
     Counts,
@@ -51,15 +51,20 @@ LLAMA = {"q": (4096, 4096), "k": (4096, 1024), "up": (4096, 14336), "down": (143
 # --- Times ----------------------------------------------------------------------------------------
 
 
-def against_rival(rival: Rival, rounds: int, **arguments: Any) -> str:
-    """Our training step over aurora-peft's, the two taking turns in two processes."""
-    step = make_step(OURS, **arguments)
+def against_rival(rival: Rival | None, rounds: int, call: str = "step", **arguments: Any) -> str:
+    """Our time over aurora-peft's, the two taking turns in two processes.
+
+    call: "step" for a training step, "forward" for inference.
+    """
+    if rival is None:
+        return "-"
+    step = (make_step if call == "step" else make_forward)(OURS, **arguments)
     ours: list[float] = []
     theirs: list[float] = []
     for turn in range(rounds + 3):
         if turn % 2:
             ours.append(seconds(step))
-        theirs.append(rival.ask("step", **arguments))
+        theirs.append(rival.ask(call, **arguments))
         if not turn % 2:
             ours.append(seconds(step))
     return quartiles(ours[3:], theirs[3:])
@@ -132,9 +137,15 @@ def counts_table(rival: Rival | None) -> str:
     return markdown_table(header, rows)
 
 
-PLACES: dict[str, dict[str, Any]] = {
+COMPILED: dict[str, dict[str, Any]] = {
     "all-MiniLM-L6-v2, 32 x 32 tokens": {},
     "one 768 x 768, 2048 tokens": {"width": 768},
+}
+PLACES: dict[str, dict[str, Any]] = COMPILED | {
+    "one 768 x 768, 256 tokens": {"width": 768, "tokens": 256},
+    "one 768 x 768, 2048 tokens, rank 16": {"width": 768, "rank": 16},
+    "one 768 x 768, 2048 tokens, rank 32": {"width": 768, "rank": 32},
+    "one 768 x 768, 2048 tokens, rank 64": {"width": 768, "rank": 64},
 }
 
 
@@ -142,9 +153,9 @@ def times_table(rival: Rival | None, rounds: int, compiled: bool) -> str:
     """Ratios of training steps to PEFT's LoRA, and to aurora-peft."""
     rows = []
     for place, arguments in PLACES.items():
-        beside = "-" if rival is None else against_rival(rival, rounds, **arguments)
+        beside = against_rival(rival, rounds, **arguments)
         rows.append([place, *_over_peft(rounds, arguments), beside])
-        if compiled:
+        if compiled and place in COMPILED:
             with recompilations() as graphs:
                 cells = _over_peft(rounds, arguments | {"compiled": True})
             expected = f"{graphs[0]} graphs for {len(CONTENDERS)} compiled models"
@@ -163,30 +174,58 @@ def _over_peft(rounds: int, arguments: Mapping[str, Any]) -> list[str]:
 FEW = ((768, 1, 2), (768, 1, 16), (2048, 1, 2), (768, 16, 2))
 
 
-def inference_table(rounds: int, generated: int) -> str:
+def inference_table(rival: Rival | None, rounds: int, generated: int) -> str:
     """Few tokens without gradients, through twelve layers, and SmolLM2 as it writes."""
     rows = []
     for width, tokens, rank in FEW:
-        steps = {name: make_forward(name, width, tokens, rank) for name in CONTENDERS}
-        found = ratios(steps, rounds, PEFT)
+        arguments = {"width": width, "tokens": tokens, "rank": rank}
+        steps = {name: make_forward(name, **arguments) for name in CONTENDERS}
+        found = ratios(steps, 5 * rounds, PEFT)
         place = f"{width} x {width}, {tokens} token{'s' * (tokens > 1)}, rank {rank}"
-        rows.append([place, *(found[name] for name in CONTENDERS[1:])])
+        beside = against_rival(rival, 5 * rounds, "forward", **arguments)
+        rows.append([place, *(found[name] for name in CONTENDERS[1:]), beside])
     if generated:
         steps = {name: make_generation(name, generated) for name in CONTENDERS}
         found = ratios(steps, max(3, rounds // 8), PEFT)
         place = f"SmolLM2-135M, all linear layers, {generated} tokens generated"
-        rows.append([place, *(found[name] for name in CONTENDERS[1:])])
-    return markdown_table([f"inference over {PEFT}", *CONTENDERS[1:]], rows)
+        rows.append([place, *(found[name] for name in CONTENDERS[1:]), "-"])
+    header = [f"inference over {PEFT}", *CONTENDERS[1:], f"AuroRA over {RIVAL}"]
+    return markdown_table(header, rows)
 
 
-def overhead(rounds: int) -> str:
+def overhead(rival: Rival | None, rounds: int) -> str:
     """What adapters add to a training step of MiniLM, 1024 tokens, over what PEFT's LoRA adds."""
-    taken = interleave({name: make_step(name) for name in (BARE, *CONTENDERS)}, rounds)
-    median = {name: statistics.median(times) for name, times in taken.items()}
-    added = {name: median[name] - median[BARE] for name in CONTENDERS}
-    cells = [f"{added[name] / added[PEFT]:.2f}" for name in CONTENDERS[1:]]
-    header = [f"what adapters add to a step, over {PEFT}", *CONTENDERS[1:]]
-    return markdown_table(header, [["all-MiniLM-L6-v2, 32 x 32 tokens", *cells]])
+    steps: dict[str, Any] = {name: make_step(name) for name in (BARE, *CONTENDERS)}
+    if rival is not None:
+        steps[RIVAL] = functools.partial(rival.ask, "step")
+    taken = interleave(steps, rounds)
+    others = [name for name in steps if name != BARE]
+    added = {name: np.subtract(taken[name], taken[BARE]) for name in others}  # (rounds,)
+    middle = {name: float(np.median(gaps)) for name, gaps in added.items()}
+    cells = [f"{1000 * middle[name]:.1f} ({middle[name] / middle[PEFT]:.2f})" for name in others]
+    rows = [["all-MiniLM-L6-v2, 32 x 32 tokens", *cells]]
+    return markdown_table([f"ms that adapters add to a step (over {PEFT})", *others], rows)
+
+
+FIXED: dict[str, Any] = {
+    "projections": "fixed",
+    "init": "zero",
+    "activation": "identity",
+    "grid_range": (-4.0, 4.0),
+}
+
+
+def fixed_table(rounds: int) -> str:
+    """Training steps between fixed projections of rank 32, over PEFT's LoRA of rank 8."""
+    rows = []
+    for tokens in (256, 2048):
+        steps = {PEFT: make_step(PEFT, width=768, tokens=tokens, rank=8)}
+        for name in (OURS, CHANNEL):
+            steps[name] = make_step(name, width=768, tokens=tokens, rank=32, **FIXED)
+        found = ratios(steps, rounds, PEFT)
+        rows.append([f"one 768 x 768, {tokens} tokens", found[OURS], found[CHANNEL]])
+    header = [f"fixed projections, rank 32, over {PEFT} of rank 8", OURS, CHANNEL]
+    return markdown_table(header, rows)
 
 
 def grid_table(rounds: int) -> str:
@@ -200,11 +239,18 @@ def grid_table(rounds: int) -> str:
     return markdown_table(["grid", "time over 5 cells", "peak MiB"], rows)
 
 
-def rows_table(rows: int) -> str:
-    """Peak memory of a training step of a 16 x 16 layer with very many tokens."""
-    steps = {name: make_step(name, width=16, tokens=rows) for name in CONTENDERS}
-    cells = [f"{peak_bytes(step) / 2**20:.1f}" for step in steps.values()]
-    return markdown_table(["peak MiB", *CONTENDERS], [[f"16 x 16, {rows:,} tokens", *cells]])
+def memory_table(rival: Rival | None, tokens: int) -> str:
+    """Peak memory of a training step: very many tokens, and high rank."""
+    places = ({"width": 16, "tokens": tokens, "rank": 2}, {"width": 768, "rank": 64})
+    rows = []
+    for arguments in places:
+        found = [peak_bytes(make_step(name, **arguments)) for name in CONTENDERS]
+        found += [] if rival is None else [rival.ask("peak", **arguments)]
+        width, many = arguments["width"], arguments.get("tokens", 2048)
+        place = f"{width} x {width}, {many:,} tokens, rank {arguments['rank']}"
+        rows.append([place, *(f"{size / 2**20:.1f}" for size in found)])
+    header = ["peak MiB", *CONTENDERS, *([] if rival is None else [RIVAL])]
+    return markdown_table(header, rows)
 
 
 def gpu_table(rounds: int, device: str) -> str:
@@ -245,55 +291,80 @@ def _capture(arguments: Mapping[str, Any]) -> None:
     graph.replay()
 
 
+class Axis(NamedTuple):
+    """One thing that is varied, and the values it takes, in training or in inference.
+
+    The others are at width 768 and rank 2, and at 2048 tokens in training, one in inference.
+    """
+
+    name: str
+    values: tuple[int, ...]
+    training: bool
+
+    @property
+    def label(self) -> str:
+        """Both, in words."""
+        return f"{'training' if self.training else 'inference'}, by {self.name}"
+
+    def step(self, contender: str, value: int) -> Callable[[], object]:
+        """What a contender does at one value."""
+        tokens = 2048 if self.training else 1
+        arguments: dict[str, Any] = {"width": 768, "tokens": tokens, "rank": 2, self.name: value}
+        return (make_step if self.training else make_forward)(contender, **arguments)
+
+
+AXES = (
+    Axis("width", (256, 512, 768, 1024, 2048, 4096), True),
+    Axis("tokens", (256, 512, 1024, 2048, 4096, 8192, 16384), True),
+    Axis("rank", (1, 2, 4, 8, 16, 32, 64), True),
+    Axis("tokens", (1, 4, 16, 64, 256, 1024), False),
+    Axis("rank", (1, 2, 4, 8, 16, 32, 64), False),
+)
+
+
 class Point(NamedTuple):
-    """One place of the sweep, by contender: ratios of time to PEFT's LoRA, peak bytes of a step."""
+    """One value, by contender: the ratio of time to PEFT's LoRA, peak bytes of a training step."""
 
     value: int
     time: dict[str, float]
     peak: dict[str, int]
 
 
-def sweep(axis: str, values: Sequence[int], rounds: int) -> list[Point]:
-    """Training steps of one layer along width, tokens or rank, the others at 768, 2048 and 2."""
+def sweep(axis: Axis, values: Sequence[int], rounds: int) -> list[Point]:
+    """Time and memory along an axis."""
     points = []
     for value in values:
-        arguments: dict[str, Any] = {"width": 768, "tokens": 2048, "rank": 2, axis: value}
-        steps = {name: make_step(name, **arguments) for name in (PEFT, PLAIN, OURS)}
+        steps = {name: axis.step(name, value) for name in CONTENDERS}
         taken = interleave(steps, rounds)
         time_ = {name: median_ratio(taken, name, PEFT) for name in steps}
-        peak = {name: peak_bytes(step) for name, step in steps.items()}
+        peak = {name: peak_bytes(step) for name, step in steps.items() if axis.training}
         points.append(Point(value, time_, peak))
     return points
 
 
-def sweep_table(axis: str, points: Sequence[Point]) -> str:
+def sweep_table(axis: Axis, points: Sequence[Point]) -> str:
     """One row a point."""
     rows = []
     for p in points:
-        times = [f"{p.time[name]:.3f}" for name in (PLAIN, OURS)]
+        times = [f"{p.time[name]:.3f}" for name in CONTENDERS[1:]]
         rows.append([p.value, *times, *(f"{size / 2**20:.1f}" for size in p.peak.values())])
     peaks = [f"{name}, peak MiB" for name in points[0].peak]
-    return markdown_table([axis, f"{PLAIN}, time", f"{OURS}, time", *peaks], rows)
+    times = [f"{name}, time" for name in CONTENDERS[1:]]
+    return markdown_table([axis.label, *times, *peaks], rows)
 
 
-def draw(path: Path, sweeps: Mapping[str, Sequence[Point]]) -> None:
+def draw(path: Path, sweeps: Mapping[Axis, Sequence[Point]]) -> None:
     """Time over PEFT's LoRA along every axis."""
     with picture(path, columns=len(sweeps)) as axes:
         for axes_, (axis, points) in zip(axes, sweeps.items(), strict=True):
             values = [p.value for p in points]
-            for name in (PEFT, PLAIN, OURS):
+            for name in CONTENDERS:
                 axes_.plot(values, [p.time[name] for p in points], "o-", label=name)
-            axes_.set(xscale="log", xlabel=axis, ylabel=f"training step over {PEFT}")
+            axes_.set(xscale="log", title=axis.label, xlabel=axis.name)
             axes_.set_xticks(values, [str(value) for value in values])
             axes_.minorticks_off()
+        axes[0].set_ylabel(f"time over {PEFT}")
         axes[0].legend()
-
-
-SWEEPS = {
-    "width": (256, 512, 768, 1024, 2048, 4096),
-    "tokens": (256, 512, 1024, 2048, 4096, 8192, 16384),
-    "rank": (1, 2, 4, 8, 16, 32, 64),
-}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -329,17 +400,19 @@ def main(argv: Sequence[str]) -> None:
     with contextlib.nullcontext() if options.no_rival else Rival() as rival:
         show(counts_table(rival))
         show(times_table(rival, options.rounds, not options.no_compile))
+        show(inference_table(rival, options.rounds, 0 if options.quick else 24))
+        show(overhead(rival, options.rounds))
+        show(memory_table(rival, 10**4 if options.quick else 10**6))
     show(single_figures(options.rounds))
-    show(inference_table(options.rounds, 0 if options.quick else 24))
-    show(overhead(options.rounds))
+    show(fixed_table(options.rounds))
     show(grid_table(max(2, options.rounds // 4)))
-    show(rows_table(10**4 if options.quick else 10**6))
     if options.device:
         show(gpu_table(options.rounds, options.device))
     sweeps = {}
-    for axis, values in SWEEPS.items():
-        places = (values[0], values[-2]) if options.quick else values
-        sweeps[axis] = sweep(axis, places, max(2, options.rounds // 4))
+    for axis in AXES:
+        places = (axis.values[0], axis.values[-2]) if options.quick else axis.values
+        rounds = max(2, options.rounds // 4) if axis.training else 2 * options.rounds
+        sweeps[axis] = sweep(axis, places, rounds)
         show(sweep_table(axis, sweeps[axis]))
     draw(options.out / "throughput.png", sweeps)
     title = "Speed and memory of training"

@@ -531,8 +531,11 @@ PAST_FORWARD = {
         lambda: nn.ParameterList([nn.Parameter(torch.ones(3))]),
         r"^a\.0",
     ),
-    "a LayerNorm: the fused evaluation": (lambda: nn.TransformerEncoderLayer(4, 1, 4), "norm1"),
-    "reads it by weight": (lambda: nn.MultiheadAttention(4, 1), r"out_proj\.bias"),
+    "a LayerNorm: .*fused evaluation reads": (lambda: nn.TransformerEncoderLayer(4, 1, 4), "norm1"),
+    "MultiheadAttention bypasses its adapter: it reads": (
+        lambda: nn.MultiheadAttention(4, 1),
+        r"out_proj\.bias",
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from reference import bases, knots, sigma
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, hessian, jacfwd, jacrev, vmap
 
-from aurora import ANL, _many, core
+from aurora import ANL, _kernels, core
 
 VARIANTS = {
     "default": {},
@@ -38,9 +38,9 @@ WAYS = ["all bumps", "near bumps", "blocks"]
 def way(request, monkeypatch):
     """Few points are computed from all bumps; here those that are not zero, and small blocks."""
     if request.param != "all bumps":
-        monkeypatch.setattr(_many, "FEW", 0)
+        monkeypatch.setattr(_kernels, "FEW", 0)
     if request.param == "blocks":
-        monkeypatch.setattr(_many, "BLOCK", 24)
+        monkeypatch.setattr(_kernels, "BLOCK", 24)
     return request.param
 
 

@@ -837,7 +837,7 @@ class Attends(nn.MultiheadAttention):
 def test_a_subclass_that_leaves_the_forward_to_its_parent_bypasses_too():
     model = nn.Sequential(Attends(4, 2))
     with pytest.raises(
-        ValueError, match="MultiheadAttention reads it by weight and bypasses its adapter"
+        ValueError, match="out_proj: Attends bypasses its adapter: it reads the layer's weight"
     ):
         aurora.inject(model, "out_proj")
 

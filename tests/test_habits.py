@@ -141,3 +141,17 @@ def test_every_test_that_a_page_names_exists(page: str) -> None:
         if not path.exists() or f"def {test}(" not in path.read_text(encoding="utf-8"):
             missing.append(f"{file}::{test}")
     assert not missing
+
+
+def test_every_row_of_what_works_names_a_test_of_ours() -> None:
+    text = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    part = text.partition("## What works\n")[2].partition("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    header = ["what", "PEFT's LoRA", "aurora-peft", "ours"]
+    assert rows.count(header) == 4
+    rows = [row for row in rows if row != header and set(row[0]) != {"-"}]
+    assert len(rows) >= 30
+    unlike = [row for row in rows if len(row) != 4 or "::test_" not in row[-1]]
+    assert not unlike
+    assert all(row[1] and row[2] for row in rows)

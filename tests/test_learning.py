@@ -446,23 +446,70 @@ def test_a_longer_setting_trains_longer_and_the_others_as_they_did(
         assert long == usual._replace(method=longer.name, steps=4 * usual.steps)
 
 
-def test_long_runs_are_asked_for_and_half_a_decade_slower() -> None:
-    lines = lines_of(VALLEY) | lines_of(BROAD, full=True)
+def test_long_runs_are_asked_for_at_two_rates_and_judged_at_the_better() -> None:
+    lines = lines_of(VALLEY) | lines_of(BROAD, full=True)  # the best is 3e-3
+
+    def asked() -> list[Run]:
+        found = learning.pending(FEW, lines, long=True)
+        return [run for run in found if run.side == "long"]
+
+    def perform(runs: list[Run], loss: float) -> None:
+        scores = {name: {"hits": "0101", "pearson": 0.5} for name in data.CORPORA}
+        found = {"loss": loss, "accuracy": 0.5, "pearson": 0.25, "adapter": 7, "corpora": scores}
+        lines.update({run.key: {"run": run.key, **run._asdict(), **found} for run in runs})
+
     assert not any(run.side == "long" for run in learning.pending(FEW, lines))
-    long = [run for run in learning.pending(FEW, lines, long=True) if run.side == "long"]
-    assert [run.method for run in long] == ["LoRA r=2", "LoRA r=2, gradient"]  # at LoRA's rate
-    run = long[0]
-    assert (run.lr, run.steps, run.start) == (1e-3, 1000, "shared")
-    made = {run.key: {**run._asdict(), "adapter": 7, "loss": 1, "accuracy": 0.5, "pearson": 0.25}}
-    cells = learning.long_table(made).replace("|", " ").split()
-    assert cells[-8:] == ["LoRA", "r=2", "7", "0.001", "1000", "1.0000", "50.00", "25.00"]
-    assert run not in learning.pending(FEW, lines | made, long=True)
+    both = asked()
+    told = [(run.method, run.lr, run.seed, run.steps) for run in both]
+    assert told == [("LoRA r=2", 1e-3, 0, 1000), ("LoRA r=2", 3e-3, 0, 1000)]
+    perform(both[:1], 0.9)
+    perform(both[1:], 1.0)
+    rest = [(run.method, run.lr, run.seed) for run in asked()]
+    gradient = "LoRA r=2, gradient"  # at LoRA's rate
+    assert rest == [(gradient, 1e-3, 0), ("LoRA r=2", 1e-3, 1), (gradient, 1e-3, 1)]
+    perform(asked(), 0.8)
+    assert asked() == []
+    found = learning.judged_long(FEW, lines)
+    assert {name: len(records_) for name, records_ in found.items()} == {
+        "LoRA r=2": 8,  # four corpora, two seeds
+        gradient: 8,
+    }
+    table = learning.long_table(FEW, lines)
+    assert table.count("0.8000") == 3
+    assert "| 0.001 |    0 | 0.9000 |    50.00" in table
 
 
-def test_the_language_model_is_asked_for() -> None:
+def test_the_language_model_is_asked_for_at_many_rates_then_with_many_seeds() -> None:
+    lines: dict = {}
+
+    def asked() -> list[Run]:
+        found = learning.pending(FEW, lines, language=True)
+        return [run for run in found if run.side == "language"]
+
+    def perform(run: Run) -> None:
+        seed = run.seed + ("AuroRA" in run.method)
+        found = {"loss": abs(math.log(run.lr / 3e-3)), "adapter": 7}
+        found |= {"held-out losses": [1.0 + seed, 2.0 + seed]}
+        lines[run.key] = {"run": run.key, **run._asdict(), **found}
+
     assert not any(run.side == "language" for run in learning.pending(FEW, {}))
-    runs = [run for run in learning.pending(FEW, {}, language=True) if run.side == "language"]
-    assert {run.method for run in runs} == set(settings.taking_part(LANGUAGE))
+    names = settings.taking_part(LANGUAGE)
+    swept = {SETTINGS[name].rate_of or name for name in names}
+    assert {run.method for run in asked()} == swept
+    assert {run.lr for run in asked()} == {1e-3, 3e-3, 1e-2}
+    for run in asked():
+        perform(run)
+    for name in names:
+        seeds = [run.seed for run in asked() if run.method == name]
+        assert seeds == ([1, 2] if name in swept else [0, 1, 2])
+    for run in asked():
+        assert run.lr == 3e-3
+        perform(run)
+    assert asked() == []
+    table = learning.language_table(lines)
+    row = next(line for line in table.splitlines() if "AuroRA r=2, gradient" in line)
+    assert [cell.strip() for cell in row.split("|")][2:5] == ["7", "0.003", "3"]
+    assert row.count("+1.0000 ± 0.0000") == 2  # a nat above either LoRA, in every sequence and seed
 
 
 def test_rates_are_written_as_one_would() -> None:

@@ -499,9 +499,10 @@ def _outside_of_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _check_adaptable(model: nn.Module, name: str, module: nn.Module) -> None:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if core.linear_features(base) is None:
-        raise TypeError(f"{name} is a {type(base).__name__}, not linear: match other layers")
+        told = core.explain(base) or ": match other layers"
+        raise TypeError(f"{name} is a {type(base).__name__}, not linear{told}")
     if reason := core._bypassed_by(model, module):
-        raise ValueError(f"{name}: {reason}; match other layers")
+        raise ValueError(f"{name}: {reason}, or match other layers")
 
 
 def _copies(kwargs: Mapping[str, Any]) -> int:

@@ -84,9 +84,10 @@ def prepare(model: nn.Module, setting: Setting, place: Place, sample: Sample) ->
         STARTS[start](model, sample)
 
 
-def spent(setting: Setting) -> int:
-    """The steps of the budget that the setting's starts use up."""
-    return sum(COSTS.get(start, 0) for start in setting.starts)
+def spent(setting: Setting, head: bool = True) -> int:
+    """The steps of the budget that the setting's starts use up, of a model with a head or not."""
+    starts = setting.starts if head else [start for start in setting.starts if start != WARMED]
+    return sum(COSTS.get(start, 0) for start in starts)
 
 
 def groups(model: nn.Module, setting: Setting, lr: float) -> list[dict[str, Any]]:
@@ -196,9 +197,10 @@ def louder(model: nn.Module, _: Sample) -> None:
 class LinearANL(core.ANL):
     """sigma(z) + z: linear beyond the grid, where the splines end."""
 
-    def columns(self, z: Tensor, scale: float = 1.0) -> Tensor:
+    @staticmethod
+    def evaluate(z: Tensor, H: Any, w: Any, grid: Any, config: Any, scale: float) -> Tensor:
         """(r, N) -> (r, N)."""
-        return torch.add(super().columns(z, scale), z, alpha=scale)
+        return torch.add(core.ANL.evaluate(z, H, w, grid, config, scale), z, alpha=scale)
 
 
 @torch.no_grad()
@@ -210,11 +212,14 @@ def add_identity(model: nn.Module, _: Sample) -> None:
             p.zero_()
 
 
+WARMED = "head warmed"
 WARM, LOOKED = 10, 10  # steps that the head is trained alone, and that the gradient is looked at
 
 
 def warm_head(model: nn.Module, sample: Sample) -> None:
     """Train the head alone, as the gradient under a random one says little. It is kept."""
+    if not any(re.search(HEAD, name) for name, _ in model.named_parameters()):
+        return
     others = [
         p for name, p in model.named_parameters() if p.requires_grad and not re.search(HEAD, name)
     ]
@@ -263,7 +268,7 @@ def _head_step(model: nn.Module, objective: Objective) -> Callable[[Any], None]:
     return step
 
 
-COSTS = {"head warmed": WARM, "gradient": LOOKED}  # in steps of the budget
+COSTS = {WARMED: WARM, "gradient": LOOKED}  # in steps of the budget
 
 STARTS: Mapping[str, Callable[[nn.Module, Sample], None]] = {
     "identity": identity,
@@ -271,6 +276,6 @@ STARTS: Mapping[str, Callable[[nn.Module, Sample], None]] = {
     "z normalised": normalise,
     "louder": louder,
     "linear beyond the grid": add_identity,
-    "head warmed": warm_head,
+    WARMED: warm_head,
     "gradient": look_at_gradient,
 }

@@ -87,7 +87,10 @@ class Rival:
 
 
 def serve() -> None:
-    """Answer calls on standard input until it closes: `step` (seconds of one step), `count`."""
+    """Answer calls on standard input until it closes.
+
+    `step`, `forward`: seconds of one training step or one inference; `peak`: bytes; `count`.
+    """
     answers, sys.stdout = (
         sys.stdout,
         sys.stderr,
@@ -96,13 +99,13 @@ def serve() -> None:
     known: dict[str, Any] = {}
     for line in sys.stdin:
         call, arguments = json.loads(line)
-        if call == "step":
-            key = json.dumps(arguments)
-            if key not in known:
-                known[key] = steps.make_step(steps.RIVAL, **arguments)
-            result: Any = seconds(known[key])
+        if call == "count":
+            result: Any = steps.count(steps.RIVAL, **arguments)
         else:
-            result = steps.count(steps.RIVAL, **arguments)
+            make = steps.make_forward if call == "forward" else steps.make_step
+            if line not in known:
+                known[line] = make(steps.RIVAL, **arguments)
+            result = (steps.peak_bytes if call == "peak" else seconds)(known[line])
         print(json.dumps(result), file=answers, flush=True)
 
 

@@ -95,7 +95,16 @@ JUDGED = (
     Setting("AuroRA r=4 per-channel", "aurora", 4, CHANNEL),
     Setting("AuroRA r=8", "aurora", 8),
     Setting("AuroRA r=8 per-channel", "aurora", 8, CHANNEL),
-    Setting(RECOMMENDED, "aurora", 2, GRID_4, IDENTITY, FAST, seeds=5, parts=AURORA_PARTS),
+    Setting(
+        RECOMMENDED,
+        "aurora",
+        2,
+        GRID_4,
+        IDENTITY,
+        FAST,
+        seeds=5,
+        parts=(*AURORA_PARTS, LONG),
+    ),
     Setting("AuroRA r=8 recommended", "aurora", 8, GRID_4, IDENTITY, FAST, parts=(LANGUAGE,)),
     Setting(BIASED, "aurora", 2, GRID_4, IDENTITY, FAST, biases=True, seeds=5, parts=(PAIRED,)),
     Setting("LoRA r=2, biases too", "lora", 2, biases=True, seeds=5, parts=(PAIRED, AGAINST)),
@@ -112,7 +121,7 @@ JUDGED = (
         LOOK,
         seeds=5,
         rate_of="LoRA r=2",
-        parts=(LONG,),
+        parts=(LONG, LANGUAGE),
     ),
     Setting("LoRA r=8, gradient", "lora", 8, {}, LOOK, seeds=5, rate_of="LoRA r=8"),
     Setting(
@@ -124,9 +133,18 @@ JUDGED = (
         FAST,
         seeds=5,
         rate_of=RECOMMENDED,
-        parts=(LONG,),
+        parts=(LONG, LANGUAGE),
     ),
-    Setting("AuroRA r=32 fixed", "aurora", 32, FIXED, LOOK, seeds=5, sweep=(-11, -10, -9)),
+    Setting(
+        "AuroRA r=32 fixed",
+        "aurora",
+        32,
+        FIXED,
+        LOOK,
+        seeds=5,
+        sweep=(-11, -10, -9),
+        parts=(LONG, LANGUAGE),
+    ),
 )
 
 tried = functools.partial(Setting, seeds=0)

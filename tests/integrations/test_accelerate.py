@@ -153,3 +153,32 @@ def test_empty_weights_filled_from_a_checkpoint(tmp_path):
     assert torch.equal(answer(model), plain)
     aurora.load(model, tmp_path / "adapter.safetensors")
     assert torch.equal(answer(model), out)
+
+
+# accelerate's loader with a device map sets parameters and buffers by name, and has no place for
+# extra state, PyTorch's third kind, which holds our options. There are two ways around it.
+
+
+def test_a_checkpoint_of_an_injected_model_fills_the_bare_one_and_then_brings_the_adapter(tmp_path):
+    model, out, plain = adapted()
+    model.save_pretrained(tmp_path / "whole")
+    with accelerate.init_empty_weights():
+        model = transformers.LlamaForCausalLM(llama().config)
+    model = accelerate.load_checkpoint_and_dispatch(
+        model.eval(), str(tmp_path / "whole"), device_map={"": "cpu"}
+    )
+    assert torch.equal(answer(model), plain)
+    ours.inject(model, r"(q|v|down)_proj", aurora.recommended(rank=2))
+    assert aurora.load(model, tmp_path / "whole").left == ()
+    assert torch.equal(answer(model), out)
+
+
+def test_a_checkpoint_of_an_injected_model_fills_an_injected_one_without_a_device_map(tmp_path):
+    model, out, _ = adapted()
+    model.save_pretrained(tmp_path / "whole")
+    model = llama()
+    aurora.inject(model, r"(q|v|down)_proj", aurora.recommended(rank=2))
+    with pytest.raises(ValueError, match="a buffer named _extra_state"):  # accelerate's own words
+        accelerate.load_checkpoint_in_model(model, str(tmp_path / "whole"), device_map={"": "cpu"})
+    accelerate.load_checkpoint_in_model(model, str(tmp_path / "whole"), strict=True)
+    assert torch.equal(answer(model), out)

@@ -5,6 +5,7 @@ that it could fail: adapters that are not 0 change the output, a step moves what
 """
 
 import copy
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -495,7 +496,7 @@ def test_registration_is_in_memory_only():
 def test_options_and_defaults_are_those_of_auroraconfig():
     config = AuroraPeftConfig(target_modules=["x"])
     assert config.options("x") == aurora.AuroraConfig()
-    fields = set(aurora.AuroraConfig.__dataclass_fields__) - {"rank"}
+    fields = {field.name for field in dataclasses.fields(aurora.AuroraConfig)} - {"rank"}
     assert fields < set(AuroraPeftConfig.__dataclass_fields__)
 
 
@@ -553,7 +554,7 @@ REFUSED = {
         Bypassing,
         {"target_modules": ["first", "out_proj"]},
         ValueError,
-        "out_proj: nn.MultiheadAttention reads it by weight",
+        "out_proj: MultiheadAttention bypasses its adapter: it reads the layer's weight",
     ),
 }
 
@@ -919,3 +920,25 @@ def test_a_folder_that_is_not_aurora_peft(tmp_path):
         ours.convert_aurora_peft(tmp_path, tmp_path / "other")
     with pytest.raises(KeyError, match="AURORA"):
         peft.PeftModel.from_pretrained(Theirs(), THEIRS)
+
+
+def test_attention_that_was_unfused():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    names, x = set(model.state_dict()), torch.randn(2, 5, 8)
+    aurora.unfuse_attention(model)
+    plain = model(x)
+    config = AuroraPeftConfig(r=2, target_modules=["q_proj", "v_proj", "out_proj"])
+    wrapped = peft.get_peft_model(model, config)
+    assert torch.equal(wrapped(x), plain)
+    for p in wrapped.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
+    assert not torch.allclose(wrapped(x), plain)
+    with pytest.raises(ValueError, match="is a AuroraTunerLinear now"):
+        aurora.fuse_attention(model)
+    merged = wrapped.merge_and_unload(method="static")
+    wanted = merged(x)
+    aurora.fuse_attention(merged)
+    assert set(merged.state_dict()) == names
+    torch.testing.assert_close(merged(x), wanted, rtol=1e-4, atol=1e-5)

@@ -1,10 +1,11 @@
-"""Sigma of many points, and on fine grids: faster than `core.sigma`, and the same numbers.
+"""Sigma without a compiler: faster than `core.sigma`, and the same numbers but for rounding.
 
-`core.sigma` evaluates all n bumps at every point. That takes few operations, and is right for few
-points and for a compiler, which fuses them. But only k + 1 bumps are not zero at a point. Here they
-are looked up, which costs the same on every grid, and the points are taken in blocks, which fit
-into a processor's cache and bound the memory. Shapes: r rank, N points, k spline order (degree),
-n spline weights a channel.
+`core.sigma` is right for a compiler, which fuses its operations. Without one every operation costs
+its call, which is what counts for few points: `few` has the fewest. For many points, what counts is
+the arithmetic. Only k + 1 of all n bumps are not zero at a point. `many` looks them up, which costs
+the same on every grid, and takes the points in blocks, which fit into a processor's cache and bound
+the memory. Shapes: r rank, N points, k spline order (degree), n spline weights a channel, I terms
+of a bump.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch import Tensor
 from aurora import core
 from aurora.core import AuroraConfig
 
-FEW = 2**17  # numbers in the largest tensor of `core.sigma`, up to which it is the faster way
-BLOCK = 2**18  # numbers in the tensors of a block
+FEW = 2**16  # numbers in the largest tensor of `few`, up to which it is the faster way
+BLOCK = 2**17  # numbers in the tensors of a block
 
 
 def evaluate(
@@ -34,20 +35,40 @@ def evaluate(
     scale: float,
 ) -> Tensor:
     """`core.sigma`, z (r, N) -> (r, N), whichever way is faster."""
-    if torch.compiler.is_compiling() or w is None or all_bumps(config) * z.numel() <= FEW:
+    if w is None or torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return core.sigma_with_less_memory(z, H, w, grid, config, scale)
-    return core.sigma_with_less_memory(z, H, w, grid, config, scale, NEAR_BUMPS)
+    points_are_few = config.spread * z.numel() <= FEW
+    if points_are_few and not torch.is_grad_enabled():  # at once: calls count where points are few
+        return few(z, H, w, grid, config, scale)
+    way = ALL_BUMPS if points_are_few else NEAR_BUMPS
+    return core.sigma_with_less_memory(z, H, w, grid, config, scale, way)
 
 
-def all_bumps(c: AuroraConfig) -> int:
-    """How many numbers `core.sigma` makes of one: nI."""
-    return (c.grid_size + c.spline_order) * (c.spline_order // 2 + 1)
+# --- Few points -----------------------------------------------------------------------------------
 
 
-# --- Blocks ---------------------------------------------------------------------------------------
+def few(z: Tensor, H: Any, w: Tensor, grid: Any, c: AuroraConfig, scale: float) -> Tensor:
+    """`core.sigma` with all sums in one product, the binomials multiplied into the weights."""
+    activation = core._ACTIVATIONS[c.activation]
+    out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
+    distance = torch.sub(grid.centers, z, alpha=c.cells_per_unit).abs_()  # (n, 1, r, N)
+    terms = (grid.reach - distance).relu_() ** c.spline_order  # (n, I, r, N)
+    (r, N), weights, size = z.shape, w.unsqueeze(2), c.spread  # n I
+    if c.spline == "summed":
+        weights = (weights * grid.repeated).view(r, size * r)
+        return torch.addmm(out, weights, terms.view(size * r, N), beta=scale, alpha=scale)
+    weights = (weights * grid.binomials.view(-1)).view(r, 1, size)
+    each = terms.view(size, r, N).transpose(0, 1)  # (r, n I, N)
+    return torch.baddbmm(out.unsqueeze(1), weights, each, beta=scale, alpha=scale).squeeze(1)
 
 
-def forward(z: Tensor, *rest: Any) -> Tensor:
+ALL_BUMPS = core.Way(few, core.sigma_backward)
+
+
+# --- Many points, in blocks -----------------------------------------------------------------------
+
+
+def many(z: Tensor, *rest: Any) -> Tensor:
     """`core.sigma` in blocks, from the bumps that are not zero."""
     config = rest[3]
     # The mean slope of order 1 at a knot takes a bump more than are not zero there.
@@ -56,7 +77,9 @@ def forward(z: Tensor, *rest: Any) -> Tensor:
     return torch.cat([sigma(block, *rest) for block in blocks], 1)
 
 
-def backward(ctx: Any, grad: Tensor, z: Tensor, H: Any, w: Tensor) -> tuple[Tensor | None, ...]:
+def many_backward(
+    ctx: Any, grad: Tensor, z: Tensor, H: Any, w: Tensor
+) -> tuple[Tensor | None, ...]:
     """`core.sigma_backward` in blocks, from the bumps that are not zero."""
     spline = None if ctx.config.spline_order == 1 else _spline_backward
     size, of_z, others = block_size(z, ctx.config), [], None
@@ -77,11 +100,11 @@ def block_size(z: Tensor, c: AuroraConfig) -> int:
     """How many columns of z (r, N) to take at once."""
     column = max(4 * len(z), c.grid_size)
     if c.spline_order == 1:
-        column = all_bumps(c) * len(z)
+        column = c.spread * len(z)
     return max(1, BLOCK // column)
 
 
-NEAR_BUMPS = core.Way(forward, backward)
+NEAR_BUMPS = core.Way(many, many_backward)
 
 
 # --- One block ------------------------------------------------------------------------------------
@@ -125,15 +148,17 @@ class Near:
         self.shape, self.margin, last = z.shape, k + 1, c.grid_size + 2 * k + 1
         x = z * c.cells_per_unit + (self.margin - c.grid_range[0] * c.cells_per_unit)  # in cells
         x = x.clamp(0, last)  # on the first and the last cell all is zero
-        cell = x.long().clamp(0, last)  # NaN becomes any integer; u stays NaN
-        u = x.frac().reshape(-1)  # (rN,), the place on the cell
-        self.powers = [u**p for p in range(1, k + 1)]
-        if c.spline == "summed":
-            cell.mul_(N).add_(torch.arange(N, device=z.device))
+        u = x.frac()  # the place on the cell
+        cell = (x - u).detach().nan_to_num_(0.0)  # any cell will do for NaN; u stays NaN
+        if c.spline == "summed":  # a product of whole floats, exact below 2^24, is the faster one
+            places = (cell * N).long() + torch.arange(N, device=z.device)
         else:  # P = last + k + 1
-            cell.add_((last + k + 1) * torch.arange(r, device=z.device).unsqueeze(1))
-        self.places = cell.reshape(-1)  # (rN,), of the first bump
+            places = cell.long() + (last + k + 1) * torch.arange(r, device=z.device).unsqueeze(1)
+        self.places = places.view(-1)  # (rN,), of the first bump
         self.step = N if c.spline == "summed" else 1  # to the next one
+        self.powers = [u.view(-1)]
+        for _ in range(k - 1):
+            self.powers.append(self.powers[-1] * self.powers[0])
 
     def polynomial(self, coefficients: Sequence[float]) -> Tensor:
         """Of u, (rN,), for the coefficients of 1, u, u^2, ..."""
@@ -157,7 +182,7 @@ class Near:
         """(r, N): the numbers of a table at the places, times values or slopes, added up."""
         flat, total = table.reshape(-1), torch.empty(0)
         for i, piece in enumerate(pieces):
-            found = flat[i * self.step :].gather(0, self.places)
+            found = flat[i * self.step :].index_select(0, self.places)
             value = self.polynomial(piece)
             total = torch.addcmul(total, found, value) if i else found * value
         return total.view(self.shape)
