@@ -95,6 +95,7 @@ MUTANTS = {
         ["checkpoint", "_file", "_header", "_source"],
         ["test_checkpoint", "test_files"],
     ),
+    "adapters": (["adapters", "_shelf"], ["test_adapters"]),
     "merging": (["merging", "_fit"], ["test_merging"]),
 }
 

@@ -3,6 +3,11 @@
 from aurora import _kernels as _kernels  # puts itself into core
 from aurora import _refusals as _refusals  # likewise
 from aurora._running import check as check
+from aurora.adapters import adapter_names as adapter_names
+from aurora.adapters import add_adapter as add_adapter
+from aurora.adapters import delete_adapter as delete_adapter
+from aurora.adapters import set_adapter as set_adapter
+from aurora.adapters import use as use
 from aurora.attention import fuse_attention as fuse_attention
 from aurora.attention import unfuse_attention as unfuse_attention
 from aurora.bounds import BoundsReport as BoundsReport

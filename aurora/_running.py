@@ -82,7 +82,7 @@ def check(model: nn.Module, batch: Any) -> dict[str, str]:
     found = {}
     for name, layer in layers.items():
         if not layer.enabled:
-            found[name] = "is off: this runs inside aurora.disabled"
+            found[name] = "is off: this runs inside aurora.disabled or aurora.use"
         elif name not in ran:
             found[name] = "did not run: its layer is not called, or its weight is read instead"
         elif name not in served:

@@ -22,14 +22,14 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from aurora import _source, core
+from aurora import _source, adapters, core
 from aurora._file import encode, shown, write_atomically
 from aurora._header import Header, Shapes
 
@@ -63,7 +63,7 @@ class Loaded:
         return "\n".join(lines)
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
     """Write the adapters, and the parameters that `train=` kept, to one safetensors file.
 
     Atomic: a crash leaves the old file or the new one. An existing file keeps its mode and group,
@@ -75,12 +75,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model: A model with adapters.
         path: The file; or a folder, which is an existing one or ends in "/", for
             "aurora_adapter.safetensors" in it.
+        name: Which adapter, of several; None for the one in use.
 
     Raises:
-        ValueError: If the model has no adapters; if they are on the meta device, in FSDP1's flat
-            shards, or not finite, which `load` would refuse; if the path is a FIFO or a device.
+        ValueError: If the model has no adapters, or none of that name; if they are on the meta
+            device, in FSDP1's flat shards, or not finite, which `load` would refuse; if the path
+            is a FIFO or a device.
         OSError: If the file cannot be written. The old file is then as it was.
     """
+    if name is not None:
+        model = adapters.with_adapter(model, name)
     view = core.ModelView.adapted(model)
     _refuse_flat(view)
     header = Header.of(view)
@@ -94,7 +98,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         write_atomically(_target(path), data)
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
+def load(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Loaded:
     """Put a saved adapter into a model: all of it, or, on an error or an interrupt, nothing.
 
     A bare model is injected first. One that is injected gets the values in place: parameters stay
@@ -107,6 +111,10 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
     does not have are left, and listed in what is returned. The names may also be those of a part
     of the model: a checkpoint of the encoder loads into a SentenceTransformer around it.
 
+    With a name, the adapter joins those that the model has, whatever their layers and options, and
+    waits there for `set_adapter` or `use`; it is in use if it is the first. What `train=` kept
+    of it is its own too.
+
     A model whose weights an adapter was merged into, in this process, gets the new one on top,
     which is right only if that was trained so: a warning says it, and the report.
 
@@ -114,6 +122,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
         model: The model that was injected, bare or injected.
         path: A file that `save` wrote; a folder with one; a full checkpoint in safetensors, whole
             or in shards, or its folder.
+        name: A new name, without dots; None to load into the adapter in use.
 
     Returns:
         What was loaded, and what was left. It prints as a sentence or two.
@@ -122,8 +131,19 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
         FileNotFoundError: If there is no such file, or none in the folder.
         ValueError: With the model as it was: for a file that is damaged, of another version, or
             no adapter; for missing, unexpected or misshapen layers, which it lists; for values
-            that are not finite, or not in the model's dtype.
+            that are not finite, or not in the model's dtype; for a name that is taken or cannot
+            be.
     """
+    if name is None:
+        return _load(model, path)
+    return adapters.beside(model, name, lambda bare: _load(bare, path, adapters.own_kept))
+
+
+def _load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    injected: Callable[[nn.Module], None] | None = None,
+) -> Loaded:
     view = core.ModelView.of(model)
     _refuse_flat(view)
     path, header, tensors, left = _source.read(Path(path), view)
@@ -138,11 +158,13 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
     merged = tuple(name for name in header.layers if core.is_merged(view.modules[name]))
     if merged:
         what = "their weights have an adapter merged into them; this one adds to it"
-        warnings.warn("\n".join(_listed(f"{what}:", map(shown, merged))), stacklevel=2)
+        warnings.warn("\n".join(_listed(f"{what}:", map(shown, merged))), stacklevel=3)
     written = adapter_state_dict(model) if view.layers else {n: base[n] for n in header.train}
     with core.unchanged_on_error(model, written.values()):
         if not view.layers:
             _inject_as(model, header)
+            if injected is not None:
+                injected(model)
         _fill(model, tensors, title)
     return Loaded(path, tuple(header.layers), tuple(header.train), left, merged)
 

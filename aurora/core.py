@@ -434,14 +434,19 @@ class ANL(nn.Module):
 
 
 class _Off(threading.local):
-    """The layers whose adapters are off in this thread, and by how many blocks."""
+    """By id, in this thread: how many blocks a layer is off in, and what runs in its place."""
 
     def __init__(self) -> None:
         self.depth: dict[int, int] = {}
+        self.instead: dict[int, Callable[..., Any]] = {}  # aurora/adapters.py fills it
+
+    def covers(self, key: int) -> bool:
+        """Whether a layer's own adapter does not run."""
+        return bool(self.depth.get(key)) or key in self.instead
 
 
 _OFF = _Off()
-_OPEN: list[int] = []  # as long as there are blocks of `disabled`; old compilers read no _OFF
+_OPEN: list[bool] = []  # not empty once there was such a block: until then nobody asks _OFF
 
 
 class AuroraLinear(nn.Module):
@@ -480,7 +485,7 @@ class AuroraLinear(nn.Module):
     scaling = property(lambda self: self.anl.config.scaling, doc="s = alpha / r.")
     in_features = property(lambda self: self.A.shape[1], doc="The width of x.")
     out_features = property(lambda self: self.B.shape[0], doc="The width of the output.")
-    enabled = property(lambda self: not (_OPEN and _OFF.depth.get(id(self))), doc="Not disabled.")
+    enabled = property(lambda self: not (_OPEN and _OFF.covers(id(self))), doc="It runs.")
 
     def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:
         """Adapt the layer itself, and return it."""
@@ -517,6 +522,8 @@ class AuroraLinear(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in_features) -> (..., out_features); further arguments go to the base."""
+        if _OPEN and (instead := _OFF.instead.get(id(self))):
+            return cast(Tensor, instead(*args, **kwargs))
         out: Tensor = self.original.forward(self, *args, **kwargs)
         if _OPEN and not self.enabled:
             return out
@@ -677,6 +684,10 @@ def _detach(layer: AuroraLinear) -> None:
 # ---- Looking at a model ---------------------------------------------------------------------
 
 
+class Shelf(nn.Module):
+    """What adapters that are not in use have on a module, whose child it is: aurora/adapters.py."""
+
+
 class Note(NamedTuple):
     """What `inject` leaves on every module with parameters, as its attribute `_aurora`."""
 
@@ -764,7 +775,8 @@ def _visit(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
     found.setdefault(name, module)
     around = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     for key, child in module._modules.items():
-        if child is None or (key == "anl" and isinstance(module, AuroraLinear)):
+        own = key == "anl" and isinstance(module, AuroraLinear)
+        if child is None or own or isinstance(child, Shelf):
             continue
         if around or key in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
             found.pop(name)
@@ -944,6 +956,9 @@ def summary(model: nn.Module) -> Injection:
     return Injection(view.layers, trainable, sum(p.numel() for p in model.parameters()))
 
 
+BEFORE_REMOVE: list[Callable[[nn.Module], None]] = []  # aurora/adapters.py may refuse
+
+
 def remove(model: nn.Module, only: Iterable[AuroraLinear] | None = None) -> None:
     """Undo `inject`: the layers are plain again and require what they did; heads stay as trained.
 
@@ -958,6 +973,8 @@ def remove(model: nn.Module, only: Iterable[AuroraLinear] | None = None) -> None
     found = list(layers(model).values())
     gone = found if only is None else list(dict.fromkeys(only))
     with unchanged_on_error(model):
+        for prepare in BEFORE_REMOVE:
+            prepare(model)
         for layer in gone:
             _detach(layer)
         if set(found) <= set(gone):
@@ -978,7 +995,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Args:
         model: A model with adapters; ValueError if it has none.
     """
-    off = list(layers(model).values())
+    off = [m for m in ModelView.adapted(model).modules.values() if hasattr(m, "enabled")]
     _shift(off, 1)
     try:
         yield
@@ -986,8 +1003,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
         _shift(off, -1)
 
 
-def _shift(off: list[AuroraLinear], by: int) -> None:
-    _OPEN.append(by) if by > 0 else _OPEN.pop()
+def _shift(off: list[nn.Module], by: int) -> None:
+    _OPEN[:] = [True]
     depth = dict(_OFF.depth)
     for layer in off:
         depth[id(layer)] = depth.get(id(layer), 0) + by
@@ -1020,7 +1037,7 @@ def _targets(
     for name, module in view.modules.items():
         if not (pattern.search(name) if pattern else cast(Any, target)(name, module)):
             continue
-        if isinstance(module, AuroraLinear):
+        if hasattr(module, "enabled") and hasattr(module, "original"):
             raise ValueError(f"{name} is adapted already: aurora.remove(model) first")
         if linear_features(module):
             if reason := _bypassed_by(model, module):

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from aurora import _running, _table, core, plots
+from aurora import _running, _table, adapters, core, plots
 from aurora._fit import METHODS as METHODS
 from aurora._fit import Affine as Affine
 from aurora._fit import Moments as Moments
@@ -304,6 +304,7 @@ def merge(
     """
     layers = core.layers(model)
     _check_options(method, batches, held_out, tolerance)
+    adapters.refuse_others(model)
     core.check_mergeable(model, layers)
     with core.unchanged_on_error(model):
         seen, judged = _moments(model, batches, held_out)

@@ -55,6 +55,7 @@ def interrupted_at_every_line(
     check: Callable[[T, bool], object],
     *,
     error: type[BaseException] = KeyboardInterrupt,
+    every: int = 1,
 ) -> int:
     """Plant an exception at every line event in aurora/ while `action` runs, one run for each.
 
@@ -74,6 +75,7 @@ def interrupted_at_every_line(
             what is cached for good at the first call.
         check: Asserts; gets the subject, and whether the action went through undisturbed.
         error: What is raised.
+        every: At every so many line events only, where there are thousands.
 
     Returns:
         How many interrupts were planted.
@@ -84,7 +86,7 @@ def interrupted_at_every_line(
         assert not trace.during(action, subject)
     check(subject, True)
     assert trace.lines > 0, "the action runs no line of aurora/"
-    for n in range(trace.lines):
+    for n in range(0, trace.lines, every):
         subject = prepare()
         planted = _Interrupt(n, error)
         assert planted.during(action, subject), f"line event {n} was not reached"

@@ -183,3 +183,71 @@ def test_a_conv1d_merges_transposed():
     expected = layer.weight + (layer.scaling * layer.B @ columns).t()
     aurora.merge(model)
     torch.testing.assert_close(model[0].weight, expected)
+
+
+def named(name, model, target):
+    """The model with adapters "a" and "b" and, to each, the outputs."""
+    found = {}
+    for adapter in ("a", "b"):
+        aurora.add_adapter(model, adapter, target, rank=2)
+        disturb(model, scale=0.2, phase=ord(adapter))
+        found[adapter] = outputs(model, logits_of(name))
+    return found
+
+
+def logits_of(name):
+    """Inputs without labels, with which the first output would be the loss."""
+    inputs = CASES[name][2]
+    return {key.replace("labels", "decoder_input_ids"): value for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_rows_of_a_batch_with_adapters_of_their_own(name):
+    make, target, _, _ = CASES[name]
+    inputs = logits_of(name)
+    torch.manual_seed(0)
+    model = make().eval()
+    base = outputs(model, inputs)
+    alone = named(name, model, target)
+    for rows in (["a", "b"], ["b", None]):
+        with aurora.use(model, rows=rows):
+            out = outputs(model, inputs)
+        for i, adapter in enumerate(rows):
+            torch.testing.assert_close(out[i], (alone | {None: base})[adapter][i])
+    for adapter in ("a", "b"):
+        with aurora.use(model, adapter):
+            assert torch.equal(outputs(model, inputs), alone[adapter])
+
+
+@torch.no_grad()
+def test_generation_with_an_adapter_a_row():
+    torch.manual_seed(0)
+    model = llama().eval()
+    named("llama", model, r"_proj$")
+    ids = IDS[:1].repeat(3, 1)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    alone = []
+    for adapter in ("a", "b", None):
+        with aurora.use(model, adapter):
+            alone.append(model.generate(ids[:1], **options)[0])
+    assert not torch.equal(alone[0], alone[2])
+    with aurora.use(model, rows=["a", "b", None]):
+        found = model.generate(ids, **options)
+    assert all(map(torch.equal, found, alone))
+    with aurora.use(model, rows=["b", "b", None, None]):  # two beams each
+        model.generate(ids[:2], num_beams=2, **options)
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_a_model_with_named_adapters_is_read_as_the_base(tmp_path):
+    torch.manual_seed(0)
+    model = llama().eval()
+    base = outputs(model, {"input_ids": IDS})
+    alone = named("llama", model, r"_proj$")
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(outputs(again, {"input_ids": IDS}), base)
+    report = aurora.load(again, tmp_path, name="b")
+    assert "model.layers.0.self_attn.q_proj.aurora.a" in report.left
+    assert torch.equal(outputs(again, {"input_ids": IDS}), alone["b"])
