@@ -11,6 +11,7 @@ import copy
 import functools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,9 +166,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Run what has no line yet, then print and write the report."""
     options = parse(argv)
-    every = [Run(m, lr, seed) for seed in range(SEEDS) for m in METHODS for lr in RATES]
+    every = [Run(m, lr, seed) for seed, m, lr in product(range(SEEDS), METHODS, RATES)]
     if options.quick:
-        every = [Run(m, 1e-2, seed, 5, 5) for m in METHODS[1:3] for seed in range(2)]
+        every = [Run(m, 1e-2, seed, 5, 5) for m, seed in product(METHODS[1:3], range(2))]
 
     def pending(lines: Lines) -> Iterator[Run]:
         return (run for run in every if run.key not in lines)

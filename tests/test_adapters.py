@@ -944,9 +944,9 @@ def test_switching_compiles_nothing_anew():
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
     reason="older compilers compile anew for every block",
 )
-def test_what_is_compiled_anew(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=16)
+def test_what_is_compiled_anew():
     """Adapters of the same layers and options share graphs in blocks too."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 16)
     found = Compiled()
     graphs = found.graphs
     assert graphs(contextlib.nullcontext()) == 1
