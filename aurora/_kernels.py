@@ -23,7 +23,7 @@ from aurora import core
 from aurora.core import AuroraConfig
 
 FEW = 2**16  # numbers in the largest tensor of `few`, up to which it is the faster way
-BLOCK = 2**17  # numbers in the tensors of a block
+BLOCK = 2**17  # numbers in the tensors of a block, for each of at most 8 threads
 
 
 def evaluate(
@@ -101,7 +101,7 @@ def block_size(z: Tensor, c: AuroraConfig) -> int:
     column = max(4 * len(z), c.grid_size)
     if c.spline_order == 1:
         column = c.spread * len(z)
-    return max(1, BLOCK // column)
+    return max(1, BLOCK * min(8, torch.get_num_threads()) // column)
 
 
 NEAR_BUMPS = core.Way(many, many_backward)
