@@ -38,10 +38,11 @@ def evaluate(
     if w is None or torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return core.sigma_with_less_memory(z, H, w, grid, config, scale)
     points_are_few = config.spread * z.numel() <= FEW
-    if points_are_few and not torch.is_grad_enabled():  # at once: calls count where points are few
-        return few(z, H, w, grid, config, scale)
+    if not torch.is_grad_enabled():  # there is nothing to keep
+        return (few if points_are_few else many)(z, H, w, grid, config, scale)
     way = ALL_BUMPS if points_are_few else NEAR_BUMPS
-    return core.sigma_with_less_memory(z, H, w, grid, config, scale, way)
+    out = core._Sigma.apply(z, H, w, grid, config, scale, way)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out)
 
 
 # --- Few points -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class Part(nn.Module):
     @classmethod
     def of(cls, module: nn.Module) -> Part:
         """What the adapter in use has on a module; an empty part if it has nothing there."""
-        kept = module.__dict__.get("_aurora", core.Note()).train
+        kept = core.Note.of(module).train
         adapted = isinstance(module, core.AuroraLinear)
         keys = kept | {"A", "B"} if adapted else kept
         saved = module._buffers.keys() - module._non_persistent_buffers_set if kept else ()
@@ -75,17 +75,8 @@ class Part(nn.Module):
         return Part(*tables)
 
 
-class Switched(nn.Module):
-    """A module with a shelf that is no AuroraLinear: a head, or a layer not adapted at present.
-
-    Like an AuroraLinear it is the object it was before, of a class made on the fly.
-    """
-
-    original: ClassVar[type[nn.Module]]
-    enabled = core.AuroraLinear.enabled
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return (_blank, (self.original,), *object.__reduce_ex__(self, protocol)[2:])
+class Switched(core.Exchanged):
+    """A module with a shelf that is no AuroraLinear: a head, or a layer not adapted at present."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes, or what runs in its place."""
@@ -93,31 +84,14 @@ class Switched(nn.Module):
         return (super().forward if instead is None else instead)(*args, **kwargs)
 
 
-_SWITCHED: dict[Any, Any] = {}  # class -> its switched class, made once
-
-
-def _switched_class(original: Any) -> Any:
-    if original not in _SWITCHED:
-        name = f"Switched{original.__name__}"
-        _SWITCHED[original] = type(name, (Switched, original), {"original": original})
-    return _SWITCHED[original]
-
-
-def _blank(original: type[nn.Module]) -> Any:
-    """What unpickling starts from."""
-    cls = _switched_class(original)
-    return cls.__new__(cls)
-
-
 def plain_class(module: nn.Module) -> Any:
     """The class that a module had before it was adapted."""
-    ours = isinstance(module, (core.AuroraLinear, Switched))
-    return module.original if ours else type(module)
+    return module.original if isinstance(module, core.Exchanged) else type(module)
 
 
 def switchable(model: nn.Module) -> list[nn.Module]:
     """The modules that a block can switch: adapted layers, and what has a shelf."""
-    return [m for m in model.modules() if isinstance(m, (core.AuroraLinear, Switched))]
+    return [m for m in model.modules() if isinstance(m, core.Exchanged)]
 
 
 def waiting(module: nn.Module) -> dict[str, Part]:
@@ -165,15 +139,15 @@ class Wardrobe:
     def view(self, part: Part) -> nn.Module:
         """The module as it would be with an adapter's part: another object, nothing moves."""
         plain = plain_class(self.module)
-        cls = core._adapted_class(plain) if part._modules else plain
+        cls = core.exchanged(core.AuroraLinear, plain) if part._modules else plain
         view: nn.Module = object.__new__(cls)
         view.__dict__.update(self.module.__dict__)
         view._parameters = self.parameters | part._parameters
         view._buffers = self.buffers | part._buffers
         view._modules = self.children | part._modules
-        note = view.__dict__.pop("_aurora", core.Note())
+        view.__dict__.pop("_aurora", None)
         if part.kept:
-            view.__dict__["_aurora"] = note._replace(train=part.kept)
+            view.__dict__["_aurora"] = core.Note.of(self.module)._replace(train=part.kept)
         return view
 
     def dress(self, name: str) -> None:
@@ -197,7 +171,7 @@ class Wardrobe:
         table["_parameters"] = self.parameters | worn._parameters
         table["_buffers"] = self.buffers | worn._buffers
         table["_modules"] = self.children | worn._modules | _shelf(aside)
-        table["_aurora"] = table.get("_aurora", core.Note())._replace(train=worn.kept)
+        table["_aurora"] = core.Note.of(module)._replace(train=worn.kept)
         for anl in worn._modules.values():
             cast(core.ANL, anl).train(module.training)
         module.__class__ = cls
@@ -205,7 +179,7 @@ class Wardrobe:
     def _class(self, worn: Part, aside: Mapping[str, Part]) -> Any:
         """The class to take. ValueError if the module cannot change its class."""
         module, plain = self.module, plain_class(self.module)
-        kinds = [plain, _switched_class(plain), core._adapted_class(plain)]
+        kinds = [plain, *(core.exchanged(kind, plain) for kind in (Switched, core.AuroraLinear))]
         cls = kinds[2] if worn._modules else kinds[bool(aside)]
         if cls is not type(module):
             told = "so that adapters cannot be switched on it; name them before"

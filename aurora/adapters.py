@@ -23,7 +23,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 T = TypeVar("T")
-_OURS = (core.AuroraLinear, Switched)
 
 # ---- What is on a model ----------------------------------------------------------------------
 
@@ -85,14 +84,9 @@ def _known(model: nn.Module, names: Iterable[Any]) -> None:
 
 def _wardrobes(model: nn.Module, copies: dict[int, Any] | None = None) -> dict[nn.Module, Wardrobe]:
     """What is on the modules on which adapters have something."""
-    modules = [m for m in model.modules() if isinstance(m, _OURS) or _kept(m)]
+    modules = [m for m in model.modules() if isinstance(m, core.Exchanged) or core.Note.of(m).train]
     current = _names(modules)[0]
     return {module: Wardrobe.of(module, current, copies) for module in modules}
-
-
-def _kept(module: nn.Module) -> frozenset[str]:
-    """What `train=` kept of a module, for the adapter in use."""
-    return cast(core.Note, module.__dict__.get("_aurora", core.Note())).train
 
 
 def _dress(wardrobes: dict[nn.Module, Wardrobe], name: str) -> None:
@@ -292,7 +286,7 @@ def _before_remove(model: nn.Module) -> None:
     refuse_others(model)
     _refuse_in_block(model)
     for module in dict.fromkeys(core.ModelView.of(model).modules.values()):
-        if isinstance(module, _OURS):
+        if isinstance(module, core.Exchanged):
             module._modules.pop(KEY, None)
         if isinstance(module, Switched):
             module.__class__ = plain_class(module)
@@ -455,7 +449,7 @@ def _numbers(groups: list[list[int]], device: torch.device) -> tuple[list[Tensor
 def _has(module: nn.Module, current: str) -> Callable[[Sequence[str]], tuple[Any, Any]]:
     """By names of adapters, a module with what `train=` kept for them, and A, B, ANL of each."""
     parts = {**waiting(module), current: module}
-    keeps = _kept(module) or any(part.kept for part in waiting(module).values())
+    keeps = core.Note.of(module).train or any(part.kept for part in waiting(module).values())
     wardrobe = Wardrobe.of(module, current) if keeps else None
 
     def find(names: Sequence[str]) -> tuple[Any, Any]:

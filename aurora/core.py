@@ -440,16 +440,28 @@ class _Off(threading.local):
         self.depth: dict[int, int] = {}
         self.instead: dict[int, Callable[..., Any]] = {}  # aurora/adapters.py fills it
 
-    def covers(self, key: int) -> bool:
-        """Whether a layer's own adapter does not run."""
-        return bool(self.depth.get(key)) or key in self.instead
-
 
 _OFF = _Off()
 _OPEN: list[bool] = []  # not empty once there was such a block: until then nobody asks _OFF
 
 
-class AuroraLinear(nn.Module):
+class Exchanged(nn.Module):
+    """A module whose class was made on the fly from the one it had; it stays the same object."""
+
+    original: ClassVar[type[nn.Module]]  # the class that it had
+
+    @property
+    def enabled(self) -> bool:
+        """Whether what it has of its own runs in this thread: no block is open that says else."""
+        return not (_OPEN and (_OFF.depth.get(id(self)) or id(self) in _OFF.instead))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # A pickle has to name what the class is made from.
+        kind = next(cls for cls in type(self).__mro__ if Exchanged in cls.__bases__)
+        return (_blank, (kind, self.original), *object.__reduce_ex__(self, protocol)[2:])
+
+
+class AuroraLinear(Exchanged):
     """A linear layer with an adapter: x (..., in_features) -> (..., out_features).
 
     `AuroraLinear(layer, rank)` turns that very layer into one, as PyTorch's parametrizations do:
@@ -475,7 +487,6 @@ class AuroraLinear(nn.Module):
         ['A', 'B', 'anl.H', 'anl._extra_state', 'anl.spline_weight', 'bias', 'weight']
     """
 
-    original: ClassVar[type[nn.Module]]  # the class that the layer had
     A: nn.Parameter
     B: nn.Parameter
     anl: ANL
@@ -485,7 +496,6 @@ class AuroraLinear(nn.Module):
     scaling = property(lambda self: self.anl.config.scaling, doc="s = alpha / r.")
     in_features = property(lambda self: self.A.shape[1], doc="The width of x.")
     out_features = property(lambda self: self.B.shape[0], doc="The width of the output.")
-    enabled = property(lambda self: not (_OPEN and _OFF.covers(id(self))), doc="It runs.")
 
     def __new__(cls, layer: Any = None, rank: Any = 2, **options: Any) -> AuroraLinear:
         """Adapt the layer itself, and return it."""
@@ -496,10 +506,6 @@ class AuroraLinear(nn.Module):
 
     def __init__(self, layer: Any, rank: Any = 2, **options: Unpack[Options]) -> None:
         pass  # not nn.Module's, which would empty the layer
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made on the fly, so that a pickle has to name the one it is made from.
-        return (_blank, (self.original,), *object.__reduce_ex__(self, protocol)[2:])
 
     @property
     def base(self) -> nn.Module:
@@ -593,21 +599,17 @@ def _narrow_product(A: Tensor, x: Tensor) -> Tensor:
     return (y if y.dim() == 2 else y.reshape(-1, len(A))).t()
 
 
-_ADAPTED: dict[Any, Any] = {}  # class -> its adapted class, made once
+@functools.cache
+def exchanged(kind: Any, original: Any) -> Any:
+    """The class of an exchanged module: its forward is that of the kind, such as AuroraLinear."""
+    name = f"{kind.__name__.removesuffix('Linear')}{original.__name__}"
+    return type(name, (kind, original), {"original": original})
 
 
-def _adapted_class(original: Any) -> Any:
-    """The class of an adapted layer: its forward is AuroraLinear's, whose super() is the base's."""
-    if original not in _ADAPTED:
-        name = f"Aurora{original.__name__}"
-        _ADAPTED[original] = type(name, (AuroraLinear, original), {"original": original})
-    return _ADAPTED[original]
-
-
-def _blank(original: type[nn.Module]) -> AuroraLinear:
+def _blank(kind: Any, original: Any) -> Any:
     """What unpickling starts from."""
-    cls = _adapted_class(original)
-    return cast(AuroraLinear, cls.__new__(cls))
+    cls = exchanged(kind, original)
+    return cls.__new__(cls)
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -670,11 +672,11 @@ def attach(layer: nn.Module, adapter: Mapping[str, Any]) -> None:
     with unchanged_on_error(layer):
         layer._parameters.update(A=adapter["A"], B=adapter["B"])
         layer._modules["anl"] = adapter["anl"]
-        layer.__class__ = _adapted_class(type(layer))
+        layer.__class__ = exchanged(AuroraLinear, cast(Any, type(layer)))
 
 
 def _detach(layer: AuroraLinear) -> None:
-    if type(layer) is not _adapted_class(layer.original):
+    if type(layer) is not exchanged(AuroraLinear, cast(Any, layer.original)):
         told = "by fully_shard or a parametrization; undo that first"
         raise ValueError(f"a {type(layer).__name__} got another class after inject, {told}")
     layer.__class__ = cast(Any, layer.original)
@@ -694,6 +696,11 @@ class Note(NamedTuple):
     requires_grad: Mapping[str, bool] = {}  # what each parameter required before
     train: frozenset[str] = frozenset()  # which of them train beside the adapters
 
+    @classmethod
+    def of(cls, module: nn.Module) -> Note:
+        """The note on a module; an empty one if there is none."""
+        return cast(Note, module.__dict__.get("_aurora", cls()))
+
 
 class Owned(NamedTuple):
     """A parameter or buffer, the module that has it, and its name there."""
@@ -705,7 +712,7 @@ class Owned(NamedTuple):
     @property
     def note(self) -> Note:
         """What `inject` noted on the module."""
-        return cast(Note, self.module.__dict__.get("_aurora", Note()))
+        return Note.of(self.module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -995,7 +1002,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Args:
         model: A model with adapters; ValueError if it has none.
     """
-    off = [m for m in ModelView.adapted(model).modules.values() if hasattr(m, "enabled")]
+    off = [m for m in ModelView.adapted(model).modules.values() if isinstance(m, Exchanged)]
     _shift(off, 1)
     try:
         yield
@@ -1003,7 +1010,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         _shift(off, -1)
 
 
-def _shift(off: list[nn.Module], by: int) -> None:
+def _shift(off: list[Exchanged], by: int) -> None:
     _OPEN[:] = [True]
     depth = dict(_OFF.depth)
     for layer in off:
@@ -1037,7 +1044,7 @@ def _targets(
     for name, module in view.modules.items():
         if not (pattern.search(name) if pattern else cast(Any, target)(name, module)):
             continue
-        if hasattr(module, "enabled") and hasattr(module, "original"):
+        if isinstance(module, Exchanged):
             raise ValueError(f"{name} is adapted already: aurora.remove(model) first")
         if linear_features(module):
             if reason := _bypassed_by(model, module):
@@ -1302,16 +1309,12 @@ def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tens
 ALL_BUMPS = Way(sigma, sigma_backward)
 
 
-def sigma_with_less_memory(
-    z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float, way: Way = ALL_BUMPS
-) -> Tensor:
-    """`sigma` in one of the ways, all of which give the same numbers but for rounding."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state():  # which derive by themselves
-        return sigma(z, H, w, grid, c, scale)
-    if not torch.is_grad_enabled():  # there is nothing to keep
-        return way.forward(z, H, w, grid, c, scale)
-    out = _Sigma.apply(z, H, w, grid, c, scale, way)  # type: ignore[no-untyped-call]
-    return cast(Tensor, out)
+def sigma_with_less_memory(*inputs: Any) -> Tensor:
+    """`sigma`, with the backward by hand wherever there will be one of autograd's."""
+    derived = torch.compiler.is_compiling() or torch._C._get_tracing_state()  # by themselves
+    if derived or not torch.is_grad_enabled():
+        return sigma(*inputs)
+    return cast(Tensor, _Sigma.apply(*inputs, ALL_BUMPS))  # type: ignore[no-untyped-call]
 
 
 ANL.evaluate = staticmethod(sigma_with_less_memory)  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from benchmarks.lab.models import load_encoder
 from benchmarks.lab.needs import need
 from benchmarks.lab.report import machine, markdown_table, picture, use_all_cores, write_report
 from benchmarks.lab.rival import Rival
+from benchmarks.lab.settings import FIXED
 from benchmarks.lab.steps import (
     BARE,
     CHANNEL,
@@ -211,21 +212,13 @@ def _added(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
     return {name: float(np.median(gap)) for name, gap in gaps.items()}
 
 
-FIXED: dict[str, Any] = {
-    "projections": "fixed",
-    "init": "zero",
-    "activation": "identity",
-    "grid_range": (-4.0, 4.0),
-}
-
-
 def fixed_table(rounds: int) -> str:
     """Training steps between fixed projections of rank 32, over PEFT's LoRA of rank 8."""
-    rows = []
+    rows, options = [], {name: value for name, value in FIXED.items() if name != "spline"}
     for tokens in (256, 2048):
         steps = {PEFT: make_step(PEFT, width=768, tokens=tokens, rank=8)}
         for name in (OURS, CHANNEL):
-            steps[name] = make_step(name, width=768, tokens=tokens, rank=32, **FIXED)
+            steps[name] = make_step(name, width=768, tokens=tokens, rank=32, **options)
         found = ratios(steps, rounds, PEFT)
         rows.append([f"one 768 x 768, {tokens} tokens", found[OURS], found[CHANNEL]])
     header = [f"fixed projections, rank 32, over {PEFT} of rank 8", OURS, CHANNEL]

@@ -275,7 +275,7 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         """The base with one adapter as our own layer: a view of the same tensors, nothing moves."""
         A, B, anl = self.parts(adapter_name)
         base: Any = self.get_base_layer()
-        view = core._blank(type(base))
+        view: core.AuroraLinear = core._blank(core.AuroraLinear, type(base))
         view.__dict__.update(base.__dict__)
         view._parameters = {**base._parameters, "A": A, "B": B}
         view._modules = {**base._modules, "anl": anl}
