@@ -887,29 +887,35 @@ def test_all_are_moved_and_cast(model, dtype):
     }
 
 
-def test_distributed_models_run_what_is_in_use(model, tmp_path):
-    distributed = torch.distributed
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
     store = f"file://{tmp_path / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):
-            parallel(X).square().sum().backward()
-        assert all(p.grad is not None for p in aurora.parameters(model))
-        with torch.no_grad(), aurora.use(parallel, "de"):
-            torch.testing.assert_close(parallel(X), ALONE["de"])
-        with pytest.raises(ValueError, match="distributed already"):
-            aurora.set_adapter(parallel, "de")
-        from torch.distributed.fsdp import fully_shard
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
-        fully_shard(model, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match="sharded"), aurora.use(model, "de"):
-            pass
-        with pytest.raises(ValueError, match="distributed already"):
-            aurora.set_adapter(model, "de")
-        torch.testing.assert_close(model(X), ALONE["fr"])
-    finally:
-        distributed.destroy_process_group()
+
+def test_ddp_runs_what_is_in_use(model, one_process):
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        parallel(X).square().sum().backward()
+    assert all(p.grad is not None for p in aurora.parameters(model))
+    with torch.no_grad(), aurora.use(parallel, "de"):
+        torch.testing.assert_close(parallel(X), ALONE["de"])
+    with pytest.raises(ValueError, match="distributed already"):
+        aurora.set_adapter(parallel, "de")
+
+
+def test_fsdp2_runs_what_is_in_use(model, one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="sharded"), aurora.use(model, "de"):
+        pass
+    with pytest.raises(ValueError, match="distributed already"):
+        aurora.set_adapter(model, "de")
+    torch.testing.assert_close(model(X), ALONE["fr"])
 
 
 class Compiled:
