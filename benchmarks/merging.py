@@ -39,7 +39,9 @@ from benchmarks.lab.training import (
 
 CALIBRATION = 256  # sequences
 NO_DATA, IN_TURN, FROM_X = "linear, no data", "layer after layer", "from x"
-MERGED = (*merging.METHODS, NO_DATA, IN_TURN, FROM_X)
+# What is the default where a layer has no bias, as in LLaMA: the fit goes through the origin.
+ORIGIN = {"linear, no constant": "linear", "calibrated, no constant": "calibrated"}
+MERGED = (*merging.METHODS, *ORIGIN, NO_DATA, IN_TURN, FROM_X)
 Judge = Callable[[nn.Module], Tensor]
 
 
@@ -123,6 +125,8 @@ def merge(model: nn.Module, method: str, batches: Sequence[Any]) -> None:
         merge_in_turn(model, batches)
     elif method == FROM_X:
         merge_from_x(model, batches)
+    elif method in ORIGIN:
+        aurora.merge(model, ORIGIN[method], batches, held_out=batches[:1], bias=False)
     else:
         aurora.merge(model, method, batches, held_out=batches[:1], bias=True)
 
@@ -223,6 +227,8 @@ def encoder_run(run: Run) -> Record:
 
 def methods(run: Run) -> tuple[str, ...]:
     """The ways to merge that are compared in a run."""
+    if run.model == "SmolLM2":
+        return (*merging.METHODS, *ORIGIN)
     if run.setting == GUIDE:
         return (*merging.METHODS, NO_DATA)
     if run.setting == PAPER and run.model == "MiniLM" and (run.rank, run.seed) == (2, 0):
@@ -314,7 +320,9 @@ def plan(quick: bool) -> list[Run]:
             continue
         runs += [Run("MiniLM", corpus, 2, seed, *amount, GUIDE) for corpus in corpora]
         if seed == 0:
-            runs += [Run("SmolLM2", "editorials", rank, 0, 1024, 40) for rank in (2, 8)]
+            language = ("SmolLM2", "editorials")
+            runs += [Run(*language, rank, 0, 1024, 40) for rank in (2, 8)]
+            runs += [Run(*language, 2, 0, 1024, 40, GUIDE)]
             few = ("movies", "tweets")
             runs += [Run("MiniLM", corpus, 2, 0, *amount, PENALTY) for corpus in few]
     return runs
@@ -406,8 +414,9 @@ def report(out: Path, found: Mapping[Run, Record]) -> Path:
 READING = (
     "Gain kept: (merged - off) / (dynamic - off), a ratio of means over the runs, with its "
     "standard error over runs. Static: the paper's merge. Linear: first order at the mean of the "
-    f"calibration data. Calibrated: least squares on {CALIBRATION} training sequences. Linear, no "
-    "data: first order at 0. Layer after layer: calibrated in turn on what merged layers produce. "
+    f"calibration data. Calibrated: least squares on {CALIBRATION} training sequences. No "
+    "constant: through the origin, so that no layer gains a bias. Linear, no data: first order at "
+    "0. Layer after layer: calibrated in turn on what merged layers produce. "
     "From x: least squares from the layer's input instead of its hidden vector. Penalty: trained "
     "with 0.1 times `watch_linearity`'s gap in the loss. Recommended: the guide's setting instead "
     "of the paper's. In the table of runs, accuracy in percent (for SmolLM2 minus the next-token "
