@@ -263,6 +263,29 @@ def test_a_look_gives_lora_and_aurora_the_same_start_and_head(tiny) -> None:
     assert trained[0] == trained[1]
 
 
+@pytest.mark.parametrize("name", ["EVA r=2", "LoRA-GA r=2"])
+def test_starts_of_peft_keep_the_function(tiny, name: str) -> None:
+    model = reader(tiny)
+    tokens = torch.arange(1, 9).view(2, 4)
+    before = model.encoder(tokens).last_hidden_state
+    ready(model, name, 0)
+    adapter = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    rows = [p for n, p in adapter.items() if "lora_A" in n]
+    assert len(rows) == 4
+    plain = reader(tiny)
+    ready(plain, "PEFT LoRA r=2", 0)
+    drawn = [p for n, p in plain.named_parameters() if "lora_A" in n]
+    assert not any(torch.equal(a, b) for a, b in zip(rows, drawn, strict=True))
+    learned = not all(not p.any() for n, p in adapter.items() if "lora_B" in n)
+    assert learned == (name == "LoRA-GA r=2")  # which takes its start out of the weights again
+    torch.testing.assert_close(model.encoder(tokens).last_hidden_state, before)
+    assert all(p.requires_grad and p.grad is None for p in adapter.values())
+    assert not any(hasattr(m, "_peft_loraga_grad") for m in model.modules())
+    assert sum(p.numel() for p in adapter.values()) == sum(
+        p.numel() for n, p in plain.named_parameters() if "lora_" in n
+    )
+
+
 def test_padding_has_no_say_in_the_start(tiny) -> None:
     learn, _ = folds.sides("development", 25, 5)
     tokens = [some[: 3 + i % 4] for i, some in enumerate(learn.tokens[:12])]

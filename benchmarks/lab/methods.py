@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +125,8 @@ def _peft(model: nn.Module, setting: Setting, place: Place) -> None:
     peft = need("peft")
     options = {"lora_alpha": 2 * setting.rank, "target_modules": f".*{place.targets}"}
     config = peft.LoraConfig(r=setting.rank, **options | dict(setting.options))
-    model.encoder = peft.get_peft_model(model.encoder, config)  # type: ignore[arg-type]
+    wrapped: Any = peft.get_peft_model(model.encoder, config)  # type: ignore[arg-type]
+    model.encoder = wrapped.train(model.training)  # the wrapper starts in train mode
 
 
 def _aurora(model: nn.Module, setting: Setting, place: Place) -> None:
@@ -253,6 +255,39 @@ def look_at_gradient(model: nn.Module, sample: Sample) -> None:
             model.get_parameter(name).data.copy_(p)
 
 
+def eva(model: nn.Module, sample: Sample) -> None:
+    """PEFT's EVA: A from the singular vectors of the layers' inputs, which needs no backward."""
+    peft = need("peft")
+    encoder: Any = model.encoder
+    config = encoder.peft_config["default"]
+    config.init_lora_weights = "eva"
+    # Every layer keeps its rank, so that as many parameters train as with the others.
+    config.eva_config = peft.EvaConfig(rho=1.0, use_label_mask=False)
+    inputs = [
+        {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        for batch in sample.first[-LOOKED:]
+    ]
+    peft.initialize_lora_eva_weights(encoder, inputs, show_progress_bar=False)
+
+
+def lora_ga(model: nn.Module, sample: Sample) -> None:
+    """PEFT's LoRA-GA: A and B from the gradient of the weights, while the head goes on training."""
+    peft = need("peft")
+    loraga = importlib.import_module("peft.tuners.lora.loraga")
+    wrapped: Any = model.encoder
+    config, encoder = wrapped.peft_config["default"], wrapped.unload()
+    config.init_lora_weights, config.lora_ga_config = "lora_ga", peft.LoraGAConfig()
+    model.encoder = encoder
+    step = _head_step(model, sample.objective)
+
+    def look() -> None:
+        for batch in sample.first[-LOOKED:]:
+            step(batch)
+
+    loraga.preprocess_loraga(encoder, config, look)
+    model.encoder = peft.get_peft_model(encoder, config).train(model.training)
+
+
 def _head_step(model: nn.Module, objective: Objective) -> Callable[[Any], None]:
     """A function that goes forward and backward on a batch, and trains the head if there is one."""
     head = [p for name, p in model.named_parameters() if re.search(HEAD, name)]
@@ -268,7 +303,8 @@ def _head_step(model: nn.Module, objective: Objective) -> Callable[[Any], None]:
     return step
 
 
-COSTS = {WARMED: WARM, "gradient": LOOKED}  # in steps of the budget
+# In steps of the budget: texts seen, whether a start goes backward too or not.
+COSTS = {WARMED: WARM, "gradient": LOOKED, "eva": LOOKED, "lora-ga": LOOKED}
 
 STARTS: Mapping[str, Callable[[nn.Module, Sample], None]] = {
     "identity": identity,
@@ -278,4 +314,6 @@ STARTS: Mapping[str, Callable[[nn.Module, Sample], None]] = {
     "linear beyond the grid": add_identity,
     WARMED: warm_head,
     "gradient": look_at_gradient,
+    "eva": eva,
+    "lora-ga": lora_ga,
 }

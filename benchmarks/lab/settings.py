@@ -73,6 +73,7 @@ FAST = {ANL: 10.0}
 LOOK = ("head warmed", "gradient")  # both are paid for with steps of the budget
 FIXED = GRID_4 | {"projections": "fixed", "init": "zero", "activation": "identity"}
 LINEAR_CORE = FIXED | {"learnable": False}
+SWEEP = (-10, -9, -8)  # where that of LoRA r=2 ended
 LORA_PARTS = (PAIRED, AGAINST, LANGUAGE, QUICK, LONG)
 AURORA_PARTS = (PAIRED, INSIDE, LANGUAGE, QUICK)
 
@@ -123,6 +124,8 @@ JUDGED = (
         rate_of="LoRA r=2",
         parts=(LONG, LANGUAGE),
     ),
+    Setting("EVA r=2", "peft", 2, {}, ("eva",), sweep=SWEEP),
+    Setting("LoRA-GA r=2", "peft", 2, {}, ("head warmed", "lora-ga"), sweep=SWEEP),
     Setting("LoRA r=8, gradient", "lora", 8, {}, LOOK, seeds=5, rate_of="LoRA r=8"),
     Setting(
         "AuroRA r=2, gradient",
