@@ -44,8 +44,12 @@ def oldest(session: nox.Session) -> None:
     session.run(
         "python", "-c", f"import torch; assert torch.__version__.startswith('{OLDEST_TORCH}')"
     )
-    # This torch has no FSDP2 on a CPU.
-    session.run("pytest", "-k", "not fsdp2 and not sharded", *session.posargs)
+    # This torch has no FSDP2 on a CPU, its compiler cannot read the newest transformers, and it has
+    # no batching rule for one of our operations under two `vmap`s, which is slow, but right.
+    beyond = ("fsdp2", "sharded", "test_one_graph", "test_an_export_is_saved")
+    left_out = " and ".join(f"not {name}" for name in beyond)
+    slow = "ignore:There is a performance drop"
+    session.run("pytest", "-k", left_out, "-W", slow, *session.posargs)
 
 
 @nox.session

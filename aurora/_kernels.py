@@ -117,7 +117,7 @@ def _sigma(z: Tensor, H: Any, w: Tensor, grid: Any, c: AuroraConfig, scale: floa
     near = Near(z, c)
     padded = F.pad(w, (near.margin, near.margin))  # (r, P)
     if c.spline == "summed":
-        totals = near.spread(padded.shape[1] * z.shape[1]).view(-1, z.shape[1])  # (P, N)
+        totals = near.values(padded.shape[1])  # (P, N)
         return torch.addmm(out, padded, totals, beta=scale, alpha=scale)
     return (out + near.collect(padded, pieces(c.spline_order))).mul_(scale)
 
@@ -127,11 +127,11 @@ def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tens
     near, steep = Near(z, ctx.config), slopes(ctx.config.spline_order)
     padded = F.pad(w, (near.margin, near.margin))  # (r, P)
     if ctx.config.spline == "summed":
-        totals = near.spread(padded.shape[1] * z.shape[1]).view(-1, z.shape[1])  # (P, N)
+        totals = near.values(padded.shape[1])  # (P, N)
         grad_w = core.scaled_product(padded, ctx.scale, grad, totals.t())  # (r, P)
         through = near.collect(padded.t() @ grad, steep)  # (r, N)
     else:
-        grad_w = near.spread(padded.numel(), grad.reshape(-1)).view_as(padded) * ctx.scale
+        grad_w = near.spread(grad.reshape(-1), padded.numel()).view_as(padded) * ctx.scale
         through = near.collect(padded, steep) * grad
     return through, grad_w[:, near.margin : -near.margin]
 
@@ -170,13 +170,22 @@ class Near:
                 total.add_(power, alpha=c)
         return total.add_(constant) if constant else total
 
-    def spread(self, size: int, factor: Tensor | None = None) -> Tensor:
-        """Zeros (size,), plus at every place the value of the bump times a factor (rN,)."""
-        total = (self.powers[0] if factor is None else self.powers[0] * factor).new_zeros(size)
+    def values(self, columns: int) -> Tensor:
+        """(columns, N): every bump at every point, summed over the channels."""
+        total = self.powers[0].new_zeros(columns * self.step)
         for i, piece in enumerate(pieces(self.margin - 1)):
-            value = self.polynomial(piece)
-            value = value if factor is None else value * factor
-            total[i * self.step :].scatter_add_(0, self.places, value)
+            # In place, as this table is large. Under two `vmap`s torch 2.6 is slow, and warns.
+            total[i * self.step :].scatter_add_(0, self.places, self.polynomial(piece))
+        return total.view(columns, self.step)
+
+    def spread(self, factor: Tensor, size: int) -> Tensor:
+        """Zeros (size,), plus at every place the value of the bump times a factor (rN,)."""
+        total = factor.new_zeros(size)
+        for i, piece in enumerate(pieces(self.margin - 1)):
+            value = self.polynomial(piece) * factor
+            # Not in place: `vmap` refuses that where only the points have its dimension.
+            ahead = total[i:].scatter_add(0, self.places, value)
+            total = torch.cat([total[:i], ahead])
         return total
 
     def collect(self, table: Tensor, pieces: Sequence[Sequence[float]]) -> Tensor:
