@@ -45,6 +45,7 @@ from benchmarks.lab.methods import (
 from benchmarks.lab.records import Lines, Record
 from benchmarks.lab.report import markdown_table, picture, write_report
 from benchmarks.lab.settings import (
+    ABLATED,
     AGAINST,
     FINALIST,
     INSIDE,
@@ -66,6 +67,7 @@ from benchmarks.lab.training import (
 )
 
 LENGTH = 48  # tokens of a sequence of the language model
+STARTED = "AuroRA r=2, gradient"  # what ablations take one thing from
 LORA = "LoRA r=2"  # at its best rate pairs are compared, and against it differences are drawn
 
 
@@ -76,7 +78,8 @@ class Run(NamedTuple):
     """All that fixes a run.
 
     side: "development", "held-out", "diagnosis", which is development with measurements inside the
-    model, "long", with many steps and judged on both sides, or "language". method: its name.
+    model, "ablation", which is development with more texts that judge, "long", with many steps and
+    judged on both sides, or "language". method: its name.
     corpus: "all" for the four mixed, else one, for the language model. texts: at most so many of a
     corpus to learn from. held: at most so many of a corpus to be judged by. start: "own", or
     "shared", where all methods start with the same A, so that differences tell methods apart and
@@ -277,6 +280,10 @@ class Plan(NamedTuple):
         """Likewise, with the A that others start with."""
         return self.develop(name, lr, seed)._replace(start="shared")
 
+    def ablate(self, name: str, lr: float, seed: int) -> Run:
+        """A run on the development fold judged by as many texts as the held-out folds have."""
+        return self.pair(name, lr, seed)._replace(side="ablation", held=self.held)
+
     def judge(self, name: str, lr: float, seed: int) -> Run:
         """A run on the held-out folds."""
         amount = (self.steps * SETTINGS[name].length, self.texts, self.held)
@@ -381,6 +388,9 @@ def pending(plan: Plan, lines: Lines, language: bool = False, long: bool = False
         paired = [name for name, row in plan.chosen().items() if PAIRED in row.parts]
         for seed in range(3):
             later += [plan.pair(name, ready[LORA], seed) for name in paired]
+    ablated = [name for name in ready if ABLATED in SETTINGS[name].parts]
+    for seed in range(3):
+        later += [plan.ablate(name, ready[name], seed) for name in ablated]
     for seed in range(5):
         judges = {name: lr for name, lr in ready.items() if seed < SETTINGS[name].seeds}
         later += [plan.judge(name, lr, seed) for name, lr in judges.items()]
@@ -572,6 +582,28 @@ def pairs_table(lines: Lines) -> str:
     return markdown_table(header, rows)
 
 
+def ablations_table(plan: Plan, lines: Lines) -> str:
+    """The start from the gradient with one thing changed: loss, scores, each minus the start's."""
+    found: dict[str, list[Record]] = {}
+    for name in plan.chosen():
+        lr = chosen_rate(plan, name, lines) if ABLATED in SETTINGS[name].parts else None
+        runs = [lines.get(plan.ablate(name, lr, seed).key) for seed in range(3)] if lr else []
+        if all(runs) and runs:
+            found[name] = [run for run in runs if run]
+    whole, rows = found.get(STARTED), []
+    for name, runs in found.items():
+        cells: list[object] = [f"{runs[0]['adapter']:,}", f"{runs[0]['lr']:g}"]
+        for score, times, digits in (("loss", 1, 4), ("accuracy", 100, 2), ("pearson", 100, 2)):
+            cells.append(f"{times * statistics.fmean(run[score] for run in runs):.{digits}f}")
+            gaps = [times * (a[score] - b[score]) for a, b in zip(runs, whole or (), strict=False)]
+            cells.append("-" if name == STARTED else _mean_gap(gaps, digits))
+        rows.append([name, *cells])
+    header = ["start from the gradient, development", "parameters", "rate"]
+    for score in ("loss", "accuracy", "Pearson"):
+        header += [score, f"- {STARTED}"]
+    return markdown_table(header, rows)
+
+
 def _is_pair(record: Record) -> bool:
     return record["side"] == "development" and record["start"] == "shared"
 
@@ -718,6 +750,9 @@ def report(out: Path, plan: Plan, lines: Lines) -> Path:
     parts += [rates_table(plan, lines, True), rates_table(plan, lines, False)]
     if any(map(_is_pair, lines.values())):
         parts += [pairs_table(lines)]
+    if any(r["side"] == "ablation" for r in lines.values()):
+        parts += ["## What the start from the gradient needs", READING_ABLATION]
+        parts += [ablations_table(plan, lines)]
     if any(r["side"] == "diagnosis" for r in lines.values()):
         parts += ["## Inside the model", diagnosis_table(lines)]
     if any(r["side"] == "long" for r in lines.values()):
@@ -730,6 +765,13 @@ def report(out: Path, plan: Plan, lines: Lines) -> Path:
     title, where = "What each method learns with its parameters", records.machines(lines.values())
     return write_report(out, "learning", title, parts, measured_on=where)
 
+
+READING_ABLATION = (
+    "The recommended setting of rank 2 from the gradient, with one thing changed, at its rate: "
+    "three seeds on the development fold, judged by as many texts as a held-out fold has, each "
+    "compared with the unchanged run of its seed. What a look costs is counted: fewer batches "
+    "leave more steps to train."
+)
 
 READING_LONG = (
     "As above, with 1,000 steps. Every method trains at its rate for the short runs and half a "

@@ -97,6 +97,7 @@ def test_the_table_is_plain_values_whose_words_are_known() -> None:
         assert row.kind in methods.KINDS
         assert set(row.starts) <= set(methods.STARTS)
         parts = {FINALIST, PAIRED, AGAINST, INSIDE, LANGUAGE, settings.QUICK, settings.LONG}
+        parts |= {settings.ABLATED}
         assert set(row.parts) <= parts
         json.dumps(dataclasses.asdict(row))
         if row.kind == "aurora":
@@ -456,7 +457,7 @@ def test_settings_that_are_tried_are_never_judged_on_held_out_texts() -> None:
     for name in SETTINGS:
         lines |= lines_of(VALLEY, name) | lines_of(BROAD, name, full=True)
     held = {run.method for run in learning.pending(FEW, lines) if run.side == "held-out"}
-    assert held == {name for name in SETTINGS if not name.startswith("try")}
+    assert held == {row.name for row in settings.JUDGED}
 
 
 def test_a_longer_setting_trains_longer_and_the_others_as_they_did(

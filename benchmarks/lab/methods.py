@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import math
 import re
@@ -214,6 +215,22 @@ def add_identity(model: nn.Module, _: Sample) -> None:
             p.zero_()
 
 
+class CentredANL(core.ANL):
+    """sigma(z) - sigma(0): no constant."""
+
+    @staticmethod
+    def evaluate(z: Tensor, H: Any, w: Any, grid: Any, config: Any, scale: float) -> Tensor:
+        """(r, N) -> (r, N)."""
+        origin = core.ANL.evaluate(z.new_zeros(len(z), 1), H, w, grid, config, scale)
+        return core.ANL.evaluate(z, H, w, grid, config, scale) - origin
+
+
+def drop_constant(model: nn.Module, _: Sample) -> None:
+    """sigma(0) = 0, whatever is learnt."""
+    for layer in core.layers(model).values():
+        layer.anl.__class__ = CentredANL
+
+
 WARMED = "head warmed"
 WARM, LOOKED = 10, 10  # steps that the head is trained alone, and that the gradient is looked at
 
@@ -234,7 +251,9 @@ def warm_head(model: nn.Module, sample: Sample) -> None:
         p.requires_grad_(True)
 
 
-def look_at_gradient(model: nn.Module, sample: Sample) -> None:
+def look_at_gradient(
+    model: nn.Module, sample: Sample, batches: int | None = None, ridge: float = 1e-2
+) -> None:
     """Let the loss choose where A starts, AuroRA's or LoRA's, while the head goes on training."""
     ranks = baselines.ranks(model)
     twin = model
@@ -244,8 +263,8 @@ def look_at_gradient(model: nn.Module, sample: Sample) -> None:
         head = HEAD if any(re.search(HEAD, name) for name, _ in twin.named_parameters()) else None
         aurora.inject(twin, lambda name, _: name in ranks, max(ranks.values()), train=head)
     step = _head_step(twin, sample.objective)
-    with aurora.start_from_gradient(twin):
-        for batch in sample.first[-LOOKED:]:
+    with aurora.start_from_gradient(twin, ridge=ridge):
+        for batch in sample.first[-(batches or LOOKED) :]:
             step(batch)
     if ranks:
         for name, layer in core.layers(twin).items():
@@ -253,6 +272,13 @@ def look_at_gradient(model: nn.Module, sample: Sample) -> None:
         kept = {name: p for name, p in twin.named_parameters() if re.search(HEAD, name)}
         for name, p in kept.items():
             model.get_parameter(name).data.copy_(p)
+
+
+@torch.no_grad()
+def scale_A(model: nn.Module, _: Sample, factor: float) -> None:
+    """Hidden values so many times as large, with outputs as they are, since B is 0."""
+    for layer in core.layers(model).values():
+        layer.A.mul_(factor)
 
 
 def eva(model: nn.Module, sample: Sample) -> None:
@@ -304,7 +330,17 @@ def _head_step(model: nn.Module, objective: Objective) -> Callable[[Any], None]:
 
 
 # In steps of the budget: texts seen, whether a start goes backward too or not.
-COSTS = {WARMED: WARM, "gradient": LOOKED, "eva": LOOKED, "lora-ga": LOOKED}
+COSTS = {
+    WARMED: WARM,
+    "gradient": LOOKED,
+    "gradient, plain": LOOKED,
+    "gradient, ridge 1e-4": LOOKED,
+    "gradient, ridge 1": LOOKED,
+    "gradient, 2 batches": 2,
+    "gradient, 40 batches": 40,
+    "eva": LOOKED,
+    "lora-ga": LOOKED,
+}
 
 STARTS: Mapping[str, Callable[[nn.Module, Sample], None]] = {
     "identity": identity,
@@ -312,8 +348,18 @@ STARTS: Mapping[str, Callable[[nn.Module, Sample], None]] = {
     "z normalised": normalise,
     "louder": louder,
     "linear beyond the grid": add_identity,
+    "no constant": drop_constant,
     WARMED: warm_head,
     "gradient": look_at_gradient,
+    "gradient, plain": functools.partial(
+        look_at_gradient, ridge=1e6
+    ),  # beside which the inputs' own C counts for nothing
+    "gradient, ridge 1e-4": functools.partial(look_at_gradient, ridge=1e-4),
+    "gradient, ridge 1": functools.partial(look_at_gradient, ridge=1.0),
+    "gradient, 2 batches": functools.partial(look_at_gradient, batches=2),
+    "gradient, 40 batches": functools.partial(look_at_gradient, batches=40),
+    "A halved": functools.partial(scale_A, factor=0.5),
+    "A doubled": functools.partial(scale_A, factor=2.0),
     "eva": eva,
     "lora-ga": lora_ga,
 }

@@ -20,6 +20,7 @@ INSIDE = "inside"  # where its hidden values go is measured
 LANGUAGE = "language"  # learnt by the language model too
 QUICK = "quick"  # what --quick runs
 LONG = "long"  # what --long trains longer
+ABLATED = "ablated"  # the start from the gradient, with one thing changed
 
 RECOMMENDED = "AuroRA r=2 recommended"  # the guide's, as it was when its lines were written
 BIASED = f"{RECOMMENDED}, biases too"
@@ -104,7 +105,7 @@ JUDGED = (
         IDENTITY,
         FAST,
         seeds=5,
-        parts=(*AURORA_PARTS, LONG),
+        parts=(*AURORA_PARTS, LONG, ABLATED),
     ),
     Setting("AuroRA r=8 recommended", "aurora", 8, GRID_4, IDENTITY, FAST, parts=(LANGUAGE,)),
     Setting(BIASED, "aurora", 2, GRID_4, IDENTITY, FAST, biases=True, seeds=5, parts=(PAIRED,)),
@@ -122,10 +123,10 @@ JUDGED = (
         LOOK,
         seeds=5,
         rate_of="LoRA r=2",
-        parts=(LONG, LANGUAGE),
+        parts=(LONG, LANGUAGE, ABLATED),
     ),
-    Setting("EVA r=2", "peft", 2, {}, ("eva",), sweep=SWEEP),
-    Setting("LoRA-GA r=2", "peft", 2, {}, ("head warmed", "lora-ga"), sweep=SWEEP),
+    Setting("EVA r=2", "peft", 2, {}, ("eva",), seeds=5, sweep=SWEEP),
+    Setting("LoRA-GA r=2", "peft", 2, {}, ("head warmed", "lora-ga"), seeds=5, sweep=SWEEP),
     Setting("LoRA r=8, gradient", "lora", 8, {}, LOOK, seeds=5, rate_of="LoRA r=8"),
     Setting(
         "AuroRA r=2, gradient",
@@ -136,7 +137,7 @@ JUDGED = (
         FAST,
         seeds=5,
         rate_of=RECOMMENDED,
-        parts=(LONG, LANGUAGE),
+        parts=(LONG, LANGUAGE, ABLATED),
     ),
     Setting(
         "AuroRA r=32 fixed",
@@ -146,11 +147,31 @@ JUDGED = (
         LOOK,
         seeds=5,
         sweep=(-11, -10, -9),
-        parts=(LONG, LANGUAGE),
+        parts=(LONG, LANGUAGE, ABLATED),
     ),
+    # The paper's claim III, that more rank brings little: the ranks that are not above.
+    Setting("AuroRA r=1 recommended", "aurora", 1, GRID_4, IDENTITY, FAST, sweep=SWEEP),
+    Setting("AuroRA r=4 recommended", "aurora", 4, GRID_4, IDENTITY, FAST, sweep=(-12, -11, -10)),
+    Setting("AuroRA r=16 recommended", "aurora", 16, GRID_4, IDENTITY, FAST, sweep=(-13, -12, -11)),
+    Setting("AuroRA r=8 fixed", "aurora", 8, FIXED, LOOK, sweep=(-10, -9, -8)),
+    Setting("AuroRA r=16 fixed", "aurora", 16, FIXED, LOOK, sweep=(-10, -9, -8)),
+    Setting("AuroRA r=64 fixed", "aurora", 64, FIXED, LOOK, sweep=(-12, -11, -10)),
 )
 
 tried = functools.partial(Setting, seeds=0)
+
+
+def ablated(
+    change: str,
+    options: Mapping[str, Any] = GRID_4,
+    starts: tuple[str, ...] = IDENTITY + LOOK,
+    biases: bool = False,
+) -> Setting:
+    """The recommended setting from the gradient with one thing changed, at its rate."""
+    name, rates = f"gradient, {change}", {"rate_of": RECOMMENDED, "parts": (ABLATED,)}
+    return tried(name, "aurora", 2, options, starts, FAST, biases=biases, **rates)
+
+
 TRIED = (
     tried("try identity", "aurora", 2, CHANNEL, IDENTITY, parts=(PAIRED,)),
     tried("try identity, grid +-2", "aurora", 2, GRID_2, IDENTITY),
@@ -226,6 +247,29 @@ TRIED = (
     tried("try LoRA r=8, biases too", "lora", 8, biases=True),
     tried("try LoRA r=2, B x 8", "lora", 2, rates={B: 8.0}),
     tried("try LoRA r=8, B x 8", "lora", 8, rates={B: 8.0}),
+    ablated("head not warmed", starts=(*IDENTITY, "gradient")),
+    ablated("directions not whitened", starts=(*IDENTITY, "head warmed", "gradient, plain")),
+    ablated("ridge 1e-4", starts=(*IDENTITY, "head warmed", "gradient, ridge 1e-4")),
+    ablated("ridge 1", starts=(*IDENTITY, "head warmed", "gradient, ridge 1")),
+    ablated("2 batches looked at", starts=(*IDENTITY, "head warmed", "gradient, 2 batches")),
+    ablated("40 batches looked at", starts=(*IDENTITY, "head warmed", "gradient, 40 batches")),
+    ablated("A halved", starts=(*IDENTITY, *LOOK, "A halved")),
+    ablated("A doubled", starts=(*IDENTITY, *LOOK, "A doubled")),
+    ablated("without F", GRID_4 | {"fixed": False}),
+    ablated("3 cells", GRID_4 | {"grid_size": 3}),
+    ablated("10 cells", GRID_4 | {"grid_size": 10}),
+    ablated("grid +-1", CHANNEL),
+    ablated("no constant", starts=(*IDENTITY, *LOOK, "no constant")),
+    ablated("biases too", biases=True),
+    tried(
+        "fixed r=32, without splines",
+        "aurora",
+        32,
+        LINEAR_CORE,
+        LOOK,
+        rate_of="AuroRA r=32 fixed",
+        parts=(ABLATED,),
+    ),
 )
 
 SETTINGS = {row.name: row for row in (*JUDGED, *TRIED)}
