@@ -164,8 +164,17 @@ class Rounding:
         return value + distance, slope + 2 * distance
 
     def weights(self) -> Tensor:
-        """|w_j|_1 (r,); what underflows is taken for `tiny`."""
+        """|w_j|_1 (r,), every weight `tiny` larger, so that what underflows is covered too."""
         return (self.layer.w.abs() + self.inner.tiny).sum(1)
+
+    def underflow(self) -> float:
+        """What a channel may lose where few points are computed: binom w / k! may be below `tiny`.
+
+        There its error is no longer relative to its size, and (c - i)^k makes it larger.
+        """
+        k, n = self.layer.config.spline_order, self.layer.w.shape[1]
+        powers = sum(((k + 1) / 2 - i) ** k for i in range(k // 2 + 1))
+        return self.inner.eps * self.inner.tiny * self.layer.count * n * powers
 
     @functools.cached_property
     def sigma(self) -> Tensor:
@@ -176,6 +185,7 @@ class Rounding:
         if layer.fixed:
             absolute = absolute + 1 + times(H, reach).sum(1)
         error = self.unit * absolute + layer.phi.slope * times(H, self.shift).sum(1)
+        error = error + self.underflow()
         if self.lost:
             return torch.full_like(error, math.inf)
         return error.where(max(1.0, layer.scaling) * absolute <= self.inner.largest, math.inf)

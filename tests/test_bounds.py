@@ -218,6 +218,18 @@ def test_no_error_exceeds_its_allowance(case):
         assert off <= allowed[name] or math.isinf(allowed[name]), (name, off, allowed[name], case)
 
 
+@pytest.mark.parametrize("order", [1, 3, 8])
+def test_tiny_weights_are_within_their_allowance(order):
+    """Few points multiply the weights by 1 / k! first, which may leave few digits of them."""
+    anl = ANL(1, fixed=False, spline_order=order)
+    drawn = torch.randn(anl.spline_weight.shape, generator=torch.Generator().manual_seed(0))
+    z = torch.linspace(-3, 3, 700).unsqueeze(1)
+    for size in (1e-45, 1e-42, 1e-40, 1e-38, 1e-37, 1e-36):
+        anl.spline_weight.data.copy_(drawn * size)
+        allowed = float(bounds.allowance(anl, 3.0, 1.0, torch.float32).value)
+        assert (anl(z) - doubled(anl)(z.double())).abs().max() <= allowed
+
+
 @pytest.mark.parametrize("points", [1_000, 100_000])
 def test_the_distance_to_a_centre_is_rounded(points):
     """Far from 0 the place of a point on the grid is known to eps times its distance from 0 only.
