@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from torch import nn
+from torch import multiprocessing, nn
 
 import aurora
 
@@ -146,3 +148,25 @@ def refused(model: nn.Module, path: Any, match: str, error: type[Exception] = Va
     with pytest.raises(error, match=match):
         aurora.load(model, path)
     assert everything(model) == before
+
+
+def on_two(function: Callable[..., None], *args: Any) -> None:
+    """Run `function(rank, *args)` in two processes that form a group on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_in_group, (port, function, args), nprocs=2)
+
+
+def _in_group(rank: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        function(rank, *args)
+    finally:
+        torch.distributed.destroy_process_group()
+    # A usual exit aborts in 2 of 60 runs, whatever the function: a thread of PyTorch's still runs.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

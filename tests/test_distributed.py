@@ -1,14 +1,12 @@
 """Two processes on one machine: DDP and FSDP2 train adapters, agree with one process, and save the same file."""
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from support import on_two
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -41,23 +39,6 @@ def step(net: nn.Module, x: torch.Tensor, steps: int = 3) -> None:
         optimizer.zero_grad()
         net(x).square().mean().backward()
         optimizer.step()
-
-
-def on_two(function, *args) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(started, (port, function, args), nprocs=2)
-
-
-def started(rank: int, port: int, function, args) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        function(rank, *args)
-    finally:
-        dist.destroy_process_group()
 
 
 def worker(rank: int, kind: str, folder: str) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from support import on_two
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -545,42 +543,28 @@ def test_roughness_needs_splines() -> None:
 # --- Several processes ---------------------------------------------------------------------------
 
 
-def worker(rank: int, port: int, kind: str, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist = torch.distributed
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        net = build()
-        if kind == "ddp":
-            net = nn.parallel.DistributedDataParallel(net)
-        else:
-            from torch.distributed.fsdp import fully_shard
+def worker(rank: int, kind: str, folder: str) -> None:
+    net = build()
+    if kind == "ddp":
+        net = nn.parallel.DistributedDataParallel(net)
+    else:
+        from torch.distributed.fsdp import fully_shard
 
-            mesh = dist.init_device_mesh("cpu", (2,))
-            for layer in core.layers(net).values():
-                fully_shard(layer, mesh=mesh)
-            fully_shard(net, mesh=mesh)
-        half = slice(rank * 200, rank * 200 + 200)
-        start(net, [half])
-        found = {
-            n: a.full_tensor() if hasattr(a, "full_tensor") else a for n, a in starts(net).items()
-        }
-        torch.save(found, Path(folder) / f"{rank}.pt")
-        out = net(X[:4])  # the new values are those that the next pass uses
-        torch.save(out.detach(), Path(folder) / f"out{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        for layer in core.layers(net).values():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    half = slice(rank * 200, rank * 200 + 200)
+    start(net, [half])
+    found = {n: a.full_tensor() if hasattr(a, "full_tensor") else a for n, a in starts(net).items()}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    out = net(X[:4])  # the new values are those that the next pass uses
+    torch.save(out.detach(), Path(folder) / f"out{rank}.pt")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_ranks_start_as_one_process_would(kind: str, tmp_path: Path) -> None:
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("torch was built without gloo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, kind, str(tmp_path)), nprocs=2)
+    on_two(worker, kind, str(tmp_path))
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = starts(start(build(), [slice(0, 200), slice(200, 400)]))
     for name, A in alone.items():
