@@ -335,7 +335,7 @@ def sweeps(plan: Plan, name: str, lines: Lines) -> tuple[list[Losses], list[Run]
     likes lower rates; a setting that is only tried has none of these unless it is a finalist.
     """
     setting = SETTINGS[name]
-    if setting.rate_of:
+    if setting.rate_of and not setting.sweep:
         return [], []
     if setting.sweep:
         full, needed = swept(lambda lr: plan.develop(name, lr), list(setting.sweep), 1, lines)
@@ -355,7 +355,8 @@ def best_rate(losses: Losses) -> float:
 
 def chosen_rate(plan: Plan, name: str, lines: Lines) -> float | None:
     """The rate that the runs of full length chose; None where some are missing."""
-    losses, _ = sweeps(plan, SETTINGS[name].rate_of or name, lines)
+    setting = SETTINGS[name]
+    losses, _ = sweeps(plan, name if setting.sweep else setting.rate_of or name, lines)
     return best_rate(losses[1]) if len(losses) == 2 else None
 
 
@@ -805,8 +806,8 @@ def explain(plan: Plan) -> str:
         "beside the adapter. On held-out texts all methods of a seed start with the same A. "
         f'"gradient" and "fixed": the head is trained alone for {WARM} steps, then the gradient is '
         f"looked at for {LOOKED} steps to set A (and B); these steps are taken off the budget, so "
-        f"that the adapter trains for {plan.steps - WARM - LOOKED}. The former take the rate that "
-        "was chosen for the method without the look."
+        f"that the adapter trains for {plan.steps - WARM - LOOKED}; their rates are chosen among "
+        "runs of full length alone."
     )
 
 

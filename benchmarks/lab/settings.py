@@ -44,7 +44,8 @@ class Setting:
         sweep: places in the grid of rates that its runs of full length start from; where it is
             empty, short runs find them. For starts that spend a part of the budget short runs
             would say little.
-        rate_of: the setting whose rate it takes, instead of one of its own.
+        rate_of: the setting whose rate it takes, instead of one of its own; with a sweep, only in
+            long runs and in those of the language model.
         parts: what else it takes part in, of the words above.
     """
 
@@ -122,12 +123,13 @@ JUDGED = (
         {},
         LOOK,
         seeds=5,
+        sweep=SWEEP,
         rate_of="LoRA r=2",
         parts=(LONG, LANGUAGE, ABLATED),
     ),
     Setting("EVA r=2", "peft", 2, {}, ("eva",), seeds=5, sweep=SWEEP),
     Setting("LoRA-GA r=2", "peft", 2, {}, ("head warmed", "lora-ga"), seeds=5, sweep=SWEEP),
-    Setting("LoRA r=8, gradient", "lora", 8, {}, LOOK, seeds=5, rate_of="LoRA r=8"),
+    Setting("LoRA r=8, gradient", "lora", 8, {}, LOOK, seeds=5, sweep=(-12, -11, -10)),
     Setting(
         "AuroRA r=2, gradient",
         "aurora",
@@ -136,6 +138,7 @@ JUDGED = (
         IDENTITY + LOOK,
         FAST,
         seeds=5,
+        sweep=SWEEP,
         rate_of=RECOMMENDED,
         parts=(LONG, LANGUAGE, ABLATED),
     ),
@@ -168,8 +171,8 @@ def ablated(
     biases: bool = False,
 ) -> Setting:
     """The recommended setting from the gradient with one thing changed, at its rate."""
-    name, rates = f"gradient, {change}", {"rate_of": RECOMMENDED, "parts": (ABLATED,)}
-    return tried(name, "aurora", 2, options, starts, FAST, biases=biases, **rates)
+    how = {"biases": biases, "rate_of": "AuroRA r=2, gradient", "parts": (ABLATED,)}
+    return tried(f"gradient, {change}", "aurora", 2, options, starts, FAST, **how)
 
 
 TRIED = (
