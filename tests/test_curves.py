@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -166,14 +167,30 @@ def test_a_worn_motor_is_dead_and_saturates() -> None:
 
 
 def test_worlds_of_the_arm_are_the_engines_and_repeat() -> None:
-    x, y = swap.collect("", 60, seed=1)
-    again, worn = swap.collect("", 60, seed=1), swap.collect("motors", 60, seed=1)
+    x, y = swap.collect(swap.REACHER, "", 60, seed=1)
+    again, worn = (swap.collect(swap.REACHER, world, 60, seed=1) for world in ("", "motors"))
     assert x.shape == (60, 8)
     assert torch.equal(x, again[0])
     assert torch.equal(y, again[1])
     torch.testing.assert_close(x[:, :2].square() + x[:, 2:4].square(), torch.ones(60, 2))
     assert torch.equal(worn[0][0], x[0])  # the same start and the same command, another motion
     assert not torch.equal(worn[1][0], y[0])
+
+
+@pytest.mark.parametrize("world", ["swimmer", "pusher"])
+def test_other_machines_have_worn_motors_behind_a_gear(world: str) -> None:
+    machine, axes = swap.WORLDS[world]
+    x, y = swap.collect(machine, world, 60, seed=1)
+    sound = swap.collect(machine, "", 60, seed=1)
+    assert x.shape == (60, machine.width)
+    assert y.shape == (60, len(machine.velocities))
+    assert torch.equal(sound[0][0], x[0])
+    assert not torch.equal(sound[1][0], y[0])
+    torque = np.linspace(-1, 1, machine.torques)
+    act = swap.worn(torque, axes)
+    assert axes @ act == pytest.approx(swap.weak(axes @ torque))
+    across = np.eye(machine.torques) - axes.T @ axes
+    assert across @ act == pytest.approx(across @ torque)
 
 
 def test_a_tone_curve_moves_luminance_alone() -> None:

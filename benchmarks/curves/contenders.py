@@ -252,9 +252,9 @@ CONTENDERS: dict[str, Contender] = {
     "LoRA r=3, biases too": Contender(lora(3, BIASES), LINEAR),
 }
 CONTENDERS |= {f"AuroRA r={rank}": ours(rank) for rank in (1, 2, 4)}
-CONTENDERS |= {f"LoRA r={rank}": Contender(lora(rank), LINEAR) for rank in (3, 5, 8)}
+CONTENDERS |= {f"LoRA r={rank}": Contender(lora(rank), LINEAR) for rank in (3, 5, 7, 8)}
 CONTENDERS |= {
-    f"ReLU {rank}": Contender(relu(rank), UNITS, UNITS_NOISY, Sparse) for rank in (2, 5, 7)
+    f"ReLU {rank}": Contender(relu(rank), UNITS, UNITS_NOISY, Sparse) for rank in (2, 5, 6, 7)
 }
 # What AuroRA's parts bring.
 PAPER: dict[str, Any] = {"spline": "summed", "init": "paper", "fixed": True}

@@ -20,6 +20,8 @@ SWAP: tuple[Who, ...] = (
     ("LoRA r=5", "first"),
     ("ReLU 5", "first"),
 )
+SWIMMER = (*SWAP[:4], ("LoRA r=7", "front"), ("ReLU 6", "front"), SWAP[6])
+PUSHER = (*SWAP[:4], ("LoRA r=5", "front"), ("ReLU 5", "front"), SWAP[6])
 TONES: tuple[Who, ...] = (
     ("AuroRA r=2", "back"),
     ("full", "all"),
@@ -65,6 +67,9 @@ def plan(quick: bool = False, more: bool = False) -> Iterator[Run]:
         yield from motors(SWAP[:7], examples)
         for method, place in SWAP[:7]:
             yield Run("swap", "differential", method, place, examples)
+        for world, rows in (("pusher", PUSHER), ("swimmer", SWIMMER)):
+            for method, place in rows:
+                yield Run("swap", world, method, place, examples)
         for method, place in TONES:
             yield Run("tones", "coffee", method, place, examples)
     yield from motors(SWAP[7:], 256)

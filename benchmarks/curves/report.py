@@ -29,6 +29,10 @@ ARM = (
     "MuJoCo's Reacher (Gymnasium's \"Reacher-v5\", an arm of two joints): a tanh network "
     "(8-128-128-2) has learned from 60,000 steps how the velocities of the joints change. "
 )
+FRESH = (
+    "No choice has seen this world: it, the methods and their settings were fixed before the "
+    "first run."
+)
 THEMES: dict[tuple[str, str], Theme] = {
     ("swap", "motors"): Theme(
         "Worn motors",
@@ -44,6 +48,18 @@ THEMES: dict[tuple[str, str], Theme] = {
     ("swap", "sensors"): Theme(
         "Compressing sensors",
         "The same arm with sound motors; the velocities are read by sensors of gamma 1/2.",
+        ("AuroRA r=4", "front"),
+    ),
+    ("swap", "pusher"): Theme(
+        "An arm of seven joints",
+        'Gymnasium\'s "Pusher-v5", with a network of 21-128-128-7. Two worn motors drive sum and '
+        f"difference of the torques of shoulder and elbow; five motors are sound. {FRESH}",
+        ("AuroRA r=4", "front"),
+    ),
+    ("swap", "swimmer"): Theme(
+        "A swimmer",
+        'Gymnasium\'s "Swimmer-v5", three rods in water, with a network of 10-128-128-5. Two worn '
+        f"motors drive the sum and the difference of the torques. {FRESH}",
         ("AuroRA r=4", "front"),
     ),
     ("tones", "coffee"): Theme(

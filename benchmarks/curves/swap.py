@@ -1,14 +1,15 @@
-"""MuJoCo's Reacher, a model of its next step, and what is exchanged: motors or sensors.
+"""Machines of MuJoCo, a model of their next step, and what is exchanged: motors or sensors.
 
-Gymnasium's "Reacher-v5", an arm of two joints. The model reads cosine and sine of both angles, both
-velocities and both torques, and predicts how the velocities change. The physics are MuJoCo's; the
-exchange is imposed: the commanded torques, or the measured velocities, pass through curves.
+Gymnasium's "Reacher-v5", an arm of two joints, "Swimmer-v5", a chain of three rods in water, and
+"Pusher-v5", an arm of seven joints. A model reads the machine's state and its torques and predicts
+how the velocities change. The physics are MuJoCo's; the exchange is imposed: the commanded torques,
+or the measured velocities, pass through curves.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,20 +19,49 @@ from benchmarks.curves.chain import Task, chain, fit
 from benchmarks.curves.kept import kept
 from benchmarks.lab.needs import need
 
+
+class Machine(NamedTuple):
+    """One of Gymnasium's.
+
+    name: there. observed: what the model reads of the observation. velocities: those whose change
+    it predicts. torques: how many. largest: of a torque.
+    """
+
+    name: str
+    observed: tuple[int, ...]
+    velocities: tuple[int, ...]
+    torques: int
+    largest: float = 1.0
+
+    @property
+    def width(self) -> int:
+        """Of the model's input: what is observed, then the torques."""
+        return len(self.observed) + self.torques
+
+
+# Cosines, sines and velocities; the rest of the observation is the target's.
+REACHER = Machine("Reacher-v5", (0, 1, 2, 3, 6, 7), (6, 7), 2)
+SWIMMER = Machine("Swimmer-v5", tuple(range(8)), tuple(range(3, 8)), 2)
+PUSHER = Machine("Pusher-v5", tuple(range(14)), tuple(range(7, 14)), 7, 2.0)
+
 EPISODE, DEAD, LARGEST, FASTEST = 50, 0.2, 0.4, 20.0
 WIDTH, SAMPLES, STEPS = 128, 60_000, 20_000  # of the base model
-OBSERVED = [0, 1, 2, 3, 6, 7]  # cosines, sines, velocities; the rest is the target's
-VELOCITIES, TORQUES = [4, 5], [6, 7]  # of the model's inputs
+VELOCITIES = [4, 5]  # of the inputs of Reacher's model
 HALF = math.sqrt(0.5)
-AXES = {  # along what the world bends, of the two inputs that it bends
-    "motors": np.eye(2),
-    "differential": np.array([[HALF, HALF], [HALF, -HALF]]),
-    "sensors": np.eye(2),
+GEAR = np.array([[HALF, HALF], [HALF, -HALF]])
+SHOULDER_AND_ELBOW = np.zeros((2, 7))
+SHOULDER_AND_ELBOW[:, [0, 3]] = GEAR
+WORLDS = {  # the machine, and along what its world bends, of the torques or velocities
+    "motors": (REACHER, np.eye(2)),
+    "differential": (REACHER, GEAR),
+    "sensors": (REACHER, np.eye(2)),
+    "swimmer": (SWIMMER, GEAR),
+    "pusher": (PUSHER, SHOULDER_AND_ELBOW),
 }
 
 
 def weak(torque: Any) -> Any:
-    """A worn motor: nothing below DEAD, never more than LARGEST."""
+    """A worn motor: nothing below DEAD, never more than LARGEST, of the largest torque."""
     return np.sign(torque) * np.clip(np.abs(torque) - DEAD, 0, LARGEST)
 
 
@@ -40,45 +70,55 @@ def compressed(velocity: Any) -> Any:
     return np.sign(velocity) * np.sqrt(np.abs(velocity) * FASTEST)
 
 
-def collect(world: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(inputs (count, 8), changes of velocity (count, 2)) of episodes with random torques.
+def worn(torque: Any, axes: Any) -> Any:
+    """Torques (n,), of which the parts along the axes (m, n) come from worn motors."""
+    along = axes @ torque
+    return axes.T @ weak(along) + (torque - axes.T @ along)
 
-    world: "motors": each torque goes through a worn motor; "differential": the motors drive sum and
-    difference of the torques, as through a differential gear; "sensors": velocities are read by
-    compressing sensors; "" for the world that the base model knows.
+
+def collect(machine: Machine, world: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(inputs (count, width), changes of velocity (count, m)) of episodes with random torques.
+
+    world: "" for the one that the base model knows. In "sensors" velocities are read by compressing
+    sensors. In the others motors are worn, each of one joint, or behind a differential gear: there
+    they drive sum and difference of two joints' torques.
     """
     need("mujoco")  # which Gymnasium imports by itself, but does not ask for
-    arm = need("gymnasium").make("Reacher-v5")
-    draw, axes = np.random.default_rng(seed), AXES.get(world)
+    body = need("gymnasium").make(machine.name)
+    draw, axes = np.random.default_rng(seed), WORLDS.get(world, (machine, None))[1]
+    observed, moving = list(machine.observed), list(machine.velocities)
     inputs, changes = [], []
     for start in range(0, count, EPISODE):
-        seen, _ = arm.reset(seed=seed * 1_000_000 + start)
+        seen, _ = body.reset(seed=seed * 1_000_000 + start)
         for _ in range(EPISODE):
-            torque = draw.uniform(-1, 1, 2)
-            act = axes.T @ weak(axes @ torque) if world in ("motors", "differential") else torque
-            after, *_ = arm.step(act)
-            read = seen[OBSERVED]
+            torque = draw.uniform(-1, 1, machine.torques)
+            act = torque if world in ("", "sensors") else worn(torque, axes)
+            after, *_ = body.step(act * machine.largest)
+            read = seen[observed]
             if world == "sensors":
                 read[VELOCITIES] = compressed(read[VELOCITIES])
             inputs.append(np.concatenate([read, torque]))
-            changes.append(after[6:8] - seen[6:8])
+            changes.append(after[moving] - seen[moving])
             seen = after
     pair = (torch.tensor(np.array(found[:count])).float() for found in (inputs, changes))
     return next(pair), next(pair)
 
 
-def base(samples: int = SAMPLES, steps: int = STEPS) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """(model, mean and deviation of its 8 inputs, deviation of its 2 outputs in the third place).
+def base(
+    machine: Machine, samples: int = SAMPLES, steps: int = STEPS
+) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """(model, mean and deviation of its inputs, deviation of its outputs in the third place).
 
     All are of the world as it was; the model reads and writes units of deviations.
     """
-    return kept(f"reacher {samples} {steps}", lambda: _base(samples, steps))
+    name = f"{machine.name} {samples} {steps}"
+    return kept(name, lambda: _base(machine, samples, steps))
 
 
-def _base(samples: int, steps: int) -> tuple[nn.Sequential, Tensor, Tensor]:
-    x, y = collect("", samples, seed=1)
+def _base(machine: Machine, samples: int, steps: int) -> tuple[nn.Sequential, Tensor, Tensor]:
+    x, y = collect(machine, "", samples, seed=1)
     torch.manual_seed(0)
-    model = chain(8, WIDTH, WIDTH, 2)
+    model = chain(machine.width, WIDTH, WIDTH, len(machine.velocities))
     shift = torch.stack([x.mean(0), x.std(0)])
     fit(model, (x - shift[0]) / shift[1], y / y.std(0), steps)
     return model, shift, y.std(0)
@@ -91,11 +131,13 @@ def task(world: str, pool: int = 20_000, test: int = 4_000, **options: int) -> T
 
 
 def _task(world: str, pool: int, test: int, **options: int) -> Task:
-    model, shift, scale = base(**options)
+    machine, axes = WORLDS[world]
+    model, shift, scale = base(machine, **options)
     found = []
     for seed, count in ((2, pool), (3, test)):
-        x, y = collect(world, count, seed)
+        x, y = collect(machine, world, count, seed)
         found.append(((x - shift[0]) / shift[1], y / scale))
-    told = torch.zeros(2, 8)
-    told[:, VELOCITIES if world == "sensors" else TORQUES] = torch.tensor(AXES[world]).float()
+    told = torch.zeros(len(axes), machine.width)
+    places = VELOCITIES if world == "sensors" else range(len(machine.observed), machine.width)
+    told[:, list(places)] = torch.tensor(axes).float()
     return Task(model, found[0], found[1], told, told)
