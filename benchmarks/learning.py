@@ -402,7 +402,7 @@ def pending(plan: Plan, lines: Lines, language: bool = False, long: bool = False
     yield from (run for run in later if run.key not in lines)
 
 
-LONG_SEEDS, LANGUAGE_SEEDS = 2, 3
+LONG_SEEDS, LANGUAGE_SEEDS = 5, 3
 
 
 def long_rates(plan: Plan, name: str, lines: Lines) -> list[float]:

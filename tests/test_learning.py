@@ -490,16 +490,17 @@ def test_long_runs_are_asked_for_at_two_rates_and_judged_at_the_better() -> None
     perform(both[1:], 1.0)
     rest = [(run.method, run.lr, run.seed) for run in asked()]
     gradient = "LoRA r=2, gradient"  # at LoRA's rate
-    assert rest == [(gradient, 1e-3, 0), ("LoRA r=2", 1e-3, 1), (gradient, 1e-3, 1)]
+    each = [(name, 1e-3, seed) for seed in range(5) for name in ("LoRA r=2", gradient)]
+    assert rest == each[1:]
     perform(asked(), 0.8)
     assert asked() == []
     found = learning.judged_long(FEW, lines)
     assert {name: len(records_) for name, records_ in found.items()} == {
-        "LoRA r=2": 8,  # four corpora, two seeds
-        gradient: 8,
+        "LoRA r=2": 20,  # four corpora, five seeds
+        gradient: 20,
     }
     table = learning.long_table(FEW, lines)
-    assert table.count("0.8000") == 3
+    assert table.count("0.8000") == 9
     assert "| 0.001 |    0 | 0.9000 |    50.00" in table
 
 

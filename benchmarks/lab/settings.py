@@ -175,6 +175,14 @@ def ablated(
     return tried(f"gradient, {change}", "aurora", 2, options, starts, FAST, **how)
 
 
+def fixed(
+    change: str, options: Mapping[str, Any] = FIXED, starts: tuple[str, ...] = LOOK
+) -> Setting:
+    """Fixed projections of rank 32 with one thing changed, at their rate."""
+    name, how = f"fixed r=32, {change}", {"rate_of": "AuroRA r=32 fixed", "parts": (ABLATED,)}
+    return tried(name, "aurora", 32, options, starts, **how)
+
+
 TRIED = (
     tried("try identity", "aurora", 2, CHANNEL, IDENTITY, parts=(PAIRED,)),
     tried("try identity, grid +-2", "aurora", 2, GRID_2, IDENTITY),
@@ -264,15 +272,11 @@ TRIED = (
     ablated("grid +-1", CHANNEL),
     ablated("no constant", starts=(*IDENTITY, *LOOK, "no constant")),
     ablated("biases too", biases=True),
-    tried(
-        "fixed r=32, without splines",
-        "aurora",
-        32,
-        LINEAR_CORE,
-        LOOK,
-        rate_of="AuroRA r=32 fixed",
-        parts=(ABLATED,),
-    ),
+    fixed("without splines", LINEAR_CORE),
+    fixed("head not warmed", starts=("gradient",)),
+    fixed("directions not whitened", starts=("head warmed", "gradient, plain")),
+    fixed("ridge 1", starts=("head warmed", "gradient, ridge 1")),
+    fixed("40 batches looked at", starts=("head warmed", "gradient, 40 batches")),
 )
 
 SETTINGS = {row.name: row for row in (*JUDGED, *TRIED)}
