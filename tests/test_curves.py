@@ -14,7 +14,7 @@ from benchmarks import curves
 from benchmarks.curves import ratings, runs, stack, swap, tones
 from benchmarks.curves.chain import Task, chain, identity
 from benchmarks.curves.contenders import CONTENDERS, PLACES, Choice, Situation
-from benchmarks.curves.report import cell, duels, findings, rows_of
+from benchmarks.curves.report import CHOSEN, cell, duels, findings, rows_of, with_chosen_rank
 from benchmarks.curves.runs import Run
 from benchmarks.curves.stack import Objective, Pace, Stack
 
@@ -177,7 +177,7 @@ def test_worlds_of_the_arm_are_the_engines_and_repeat() -> None:
     assert not torch.equal(worn[1][0], y[0])
 
 
-@pytest.mark.parametrize("world", ["swimmer", "pusher"])
+@pytest.mark.parametrize("world", ["swimmer", "pusher", "cheetah"])
 def test_other_machines_have_worn_motors_behind_a_gear(world: str) -> None:
     machine, axes = swap.WORLDS[world]
     x, y = swap.collect(machine, world, 60, seed=1)
@@ -244,6 +244,24 @@ def test_leads_are_paired_and_told_methods_do_not_count() -> None:
     assert "not ahead of all" in told
     assert "LoRA r=8, front" in told
     assert "4.00 times that of splines that are told" in told
+
+
+def test_held_out_examples_choose_the_rank_draw_by_draw() -> None:
+    lines = [
+        line("AuroRA r=4", [1.0, 2.0, 3.0]) | {"held_out": [0.1, 0.5, 0.4], "trained": 9},
+        line("AuroRA r=2", [5.0, 1.0, 7.0]) | {"held_out": [0.2, 0.3, 0.4], "trained": 5},
+        line("AuroRA r=4", [1.0, 2.0], examples=64) | {"held_out": [0.1, 0.5]},  # alone
+        line("full", [2.0, 3.0, 4.5], "all"),
+    ]
+    (group,) = rows_of(lines).values()
+    chosen = with_chosen_rank(group)
+    found = chosen[CHOSEN, "front"]
+    assert set(found) == {256}
+    assert found[256]["errors"] == [1.0, 1.0, 7.0]  # of a draw that is level, rank 2
+    assert found[256]["trained"] == 9
+    assert {duel.method for duel in duels(chosen, (CHOSEN, "front"))} == {"full"}
+    without = {row: records_ for row, records_ in group.items() if row[0] != "AuroRA r=2"}
+    assert with_chosen_rank(without) == without
 
 
 def test_cells_show_mean_and_standard_error() -> None:

@@ -10,6 +10,7 @@ Who = tuple[str, str]  # method, place
 
 SWAP: tuple[Who, ...] = (
     ("AuroRA r=4", "front"),
+    ("AuroRA r=2", "front"),
     ("full", "all"),
     ("warp, every input", "front"),
     ("warp, told", "front"),
@@ -20,8 +21,8 @@ SWAP: tuple[Who, ...] = (
     ("LoRA r=5", "first"),
     ("ReLU 5", "first"),
 )
-SWIMMER = (*SWAP[:4], ("LoRA r=7", "front"), ("ReLU 6", "front"), SWAP[6])
-PUSHER = (*SWAP[:4], ("LoRA r=5", "front"), ("ReLU 5", "front"), SWAP[6])
+SWIMMER = (*SWAP[:5], ("LoRA r=7", "front"), ("ReLU 6", "front"), SWAP[7])
+WIDER = (*SWAP[:5], ("LoRA r=5", "front"), ("ReLU 5", "front"), SWAP[7])
 TONES: tuple[Who, ...] = (
     ("AuroRA r=2", "back"),
     ("full", "all"),
@@ -35,7 +36,12 @@ TONES: tuple[Who, ...] = (
 )
 
 
-CLOSE = ("AuroRA r=4", "warp, every input", "warp, told")  # near each other: more draws
+CLOSE = (
+    "AuroRA r=4",
+    "AuroRA r=2",
+    "warp, every input",
+    "warp, told",
+)  # near each other: more draws
 PARTS = (
     "AuroRA r=4, one start",
     "AuroRA r=4, no penalty",
@@ -43,7 +49,6 @@ PARTS = (
     "AuroRA r=4, size only",
     "AuroRA r=4, drawn",
     "AuroRA r=4, with F",
-    "AuroRA r=2",
     "AuroRA r=2, the paper's",
 )
 RATINGS: tuple[Who, ...] = (
@@ -60,19 +65,18 @@ RATINGS: tuple[Who, ...] = (
 def plan(quick: bool = False, more: bool = False) -> Iterator[Run]:
     """All runs, or a few short ones; more: with further numbers of examples, and other sensors."""
     if quick:
-        for method, place in (SWAP[0], SWAP[2], SWAP[4]):
+        for method, place in (SWAP[0], SWAP[3], SWAP[5]):
             yield Run("swap", "motors", method, place, 256, draws=2, steps=300)
         return
     for examples in (256, 1024, 64):
-        yield from motors(SWAP[:7], examples)
-        for method, place in SWAP[:7]:
-            yield Run("swap", "differential", method, place, examples)
-        for world, rows in (("pusher", PUSHER), ("swimmer", SWIMMER)):
+        yield from motors(SWAP[:8], examples)
+        worlds = {"differential": SWAP[:8], "swimmer": SWIMMER, "pusher": WIDER, "cheetah": WIDER}
+        for world, rows in worlds.items():
             for method, place in rows:
                 yield Run("swap", world, method, place, examples)
         for method, place in TONES:
             yield Run("tones", "coffee", method, place, examples)
-    yield from motors(SWAP[7:], 256)
+    yield from motors(SWAP[8:], 256)
     for method in PARTS:
         yield Run("swap", "differential", method, "front", 256)
     for examples in (16, 64, 256):
@@ -81,9 +85,9 @@ def plan(quick: bool = False, more: bool = False) -> Iterator[Run]:
                 yield Run("ratings", world, method, place, examples, draws=10)
     if more:
         for examples in (32, 4096):
-            yield from motors(SWAP[:5], examples)
+            yield from motors(SWAP[:6], examples)
         for examples in (256, 1024):
-            for method, place in SWAP[:5]:
+            for method, place in SWAP[:6]:
                 yield Run("swap", "sensors", method, place, examples)
 
 

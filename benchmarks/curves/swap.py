@@ -1,9 +1,9 @@
 """Machines of MuJoCo, a model of their next step, and what is exchanged: motors or sensors.
 
-Gymnasium's "Reacher-v5", an arm of two joints, "Swimmer-v5", a chain of three rods in water, and
-"Pusher-v5", an arm of seven joints. A model reads the machine's state and its torques and predicts
-how the velocities change. The physics are MuJoCo's; the exchange is imposed: the commanded torques,
-or the measured velocities, pass through curves.
+Gymnasium's "Reacher-v5" is an arm of two joints, "Swimmer-v5" three rods in water, "Pusher-v5" an
+arm of seven joints, and "HalfCheetah-v5" runs on two legs of three joints. A model reads the
+machine's state and its torques and predicts how the velocities change. The physics are MuJoCo's;
+the exchange is imposed: the commanded torques, or the measured velocities, pass through curves.
 """
 
 from __future__ import annotations
@@ -43,20 +43,27 @@ class Machine(NamedTuple):
 REACHER = Machine("Reacher-v5", (0, 1, 2, 3, 6, 7), (6, 7), 2)
 SWIMMER = Machine("Swimmer-v5", tuple(range(8)), tuple(range(3, 8)), 2)
 PUSHER = Machine("Pusher-v5", tuple(range(14)), tuple(range(7, 14)), 7, 2.0)
+CHEETAH = Machine("HalfCheetah-v5", tuple(range(17)), tuple(range(8, 17)), 6)
 
 EPISODE, DEAD, LARGEST, FASTEST = 50, 0.2, 0.4, 20.0
 WIDTH, SAMPLES, STEPS = 128, 60_000, 20_000  # of the base model
 VELOCITIES = [4, 5]  # of the inputs of Reacher's model
 HALF = math.sqrt(0.5)
-GEAR = np.array([[HALF, HALF], [HALF, -HALF]])
-SHOULDER_AND_ELBOW = np.zeros((2, 7))
-SHOULDER_AND_ELBOW[:, [0, 3]] = GEAR
+GEAR: Any = np.array([[HALF, HALF], [HALF, -HALF]])
+
+
+def geared(torques: int, *joints: int) -> Any:
+    """Axes (2, torques): sum and difference of two joints' torques."""
+    return GEAR @ np.eye(torques)[list(joints)]
+
+
 WORLDS = {  # the machine, and along what its world bends, of the torques or velocities
     "motors": (REACHER, np.eye(2)),
     "differential": (REACHER, GEAR),
     "sensors": (REACHER, np.eye(2)),
     "swimmer": (SWIMMER, GEAR),
-    "pusher": (PUSHER, SHOULDER_AND_ELBOW),
+    "pusher": (PUSHER, geared(7, 0, 3)),  # shoulder and elbow
+    "cheetah": (CHEETAH, geared(6, 0, 3)),  # the thighs
 }
 
 
