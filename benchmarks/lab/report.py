@@ -84,13 +84,19 @@ def write_report(
 
 @contextlib.contextmanager
 def picture(path: Path, columns: int = 1, height: float = 4) -> Iterator[list[Any]]:
-    """Draw inside the block on `columns` axes, `height` inches high; then they are saved as PNG."""
+    """Draw inside the block on so many axes, up to three in a row; then they are saved as PNG.
+
+    height: of a row, in inches.
+    """
     need("matplotlib").use("Agg")
     pyplot = need("matplotlib.pyplot")
-    size = (5.5 * columns, height)
-    figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    rows, across = -(-columns // 3), min(columns, 3)
+    how: Any = {"figsize": (5.5 * across, height * rows), "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot.subplots(rows, across, **how)
+    for unused in axes.flat[columns:]:
+        unused.set_visible(False)
     try:
-        yield list(axes[0])
+        yield list(axes.flat[:columns])
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110, metadata={"Software": None})
     finally:
