@@ -73,6 +73,7 @@ ANL = r"\.anl\."  # H and the spline weights
 B, W = r"\.B$", r"\.spline_weight$"
 FAST = {ANL: 10.0}
 LOOK = ("head warmed", "gradient")  # both are paid for with steps of the budget
+AT_ONCE = (*IDENTITY, "gradient")
 FIXED = GRID_4 | {"projections": "fixed", "init": "zero", "activation": "identity"}
 LINEAR_CORE = FIXED | {"learnable": False}
 SWEEP = (-10, -9, -8)  # where that of LoRA r=2 ended
@@ -151,6 +152,35 @@ JUDGED = (
         seeds=5,
         sweep=(-11, -10, -9),
         parts=(LONG, LANGUAGE, ABLATED),
+    ),
+    # The head learns while the gradient is looked at, and not before.
+    Setting(
+        "AuroRA r=2, gradient at once",
+        "aurora",
+        2,
+        GRID_4,
+        AT_ONCE,
+        FAST,
+        seeds=5,
+        rate_of="AuroRA r=2, gradient",
+    ),
+    Setting(
+        "LoRA r=2, gradient at once",
+        "lora",
+        2,
+        {},
+        AT_ONCE[1:],
+        seeds=5,
+        rate_of="LoRA r=2, gradient",
+    ),
+    Setting(
+        "LoRA r=8, gradient at once",
+        "lora",
+        8,
+        {},
+        AT_ONCE[1:],
+        seeds=5,
+        rate_of="LoRA r=8, gradient",
     ),
     # The paper's claim III, that more rank brings little: the ranks that are not above.
     Setting("AuroRA r=1 recommended", "aurora", 1, GRID_4, IDENTITY, FAST, sweep=SWEEP),
@@ -258,7 +288,7 @@ TRIED = (
     tried("try LoRA r=8, biases too", "lora", 8, biases=True),
     tried("try LoRA r=2, B x 8", "lora", 2, rates={B: 8.0}),
     tried("try LoRA r=8, B x 8", "lora", 8, rates={B: 8.0}),
-    ablated("head not warmed", starts=(*IDENTITY, "gradient")),
+    ablated("head not warmed", starts=AT_ONCE),
     ablated("directions not whitened", starts=(*IDENTITY, "head warmed", "gradient, plain")),
     ablated("ridge 1e-4", starts=(*IDENTITY, "head warmed", "gradient, ridge 1e-4")),
     ablated("ridge 1", starts=(*IDENTITY, "head warmed", "gradient, ridge 1")),
