@@ -36,6 +36,7 @@ from aurora.plots import plot as plot
 from aurora.recipes import lasso as lasso
 from aurora.recipes import parameter_groups as parameter_groups
 from aurora.recipes import recommended as recommended
+from aurora.recipes import rotate as rotate
 from aurora.recipes import roughness as roughness
 from aurora.recipes import start_as_identity as start_as_identity
 from aurora.recipes import start_from_gradient as start_from_gradient

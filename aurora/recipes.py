@@ -136,12 +136,15 @@ def _check_start(found: Mapping[str, core.AuroraLinear], ridge: float, chunk: in
         raise ValueError(f"ridge must be finite and above 0, got {ridge!r}")
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise ValueError(f"chunk must be an int of at least 1, or None, got {chunk!r}")
+    _check_untrained(found, "start from the gradient")
+
+
+def _check_untrained(found: Mapping[str, core.AuroraLinear], what: str) -> None:
+    """Raise ValueError for adapters that already compute."""
     for name, layer in found.items():
         zero = layer.anl.parameters() if _fixed(layer) else [layer.B]
         if any(not p.is_meta and bool(_local(p).any()) for p in zero):
-            raise ValueError(
-                f"{name} has been trained already: start from the gradient right after inject"
-            )
+            raise ValueError(f"{name} has been trained already: {what} right after inject")
 
 
 def _fixed(layer: core.AuroraLinear) -> bool:
@@ -464,6 +467,42 @@ def lasso(model: nn.Module) -> Tensor:
         A, B = (p.to(core.wide_dtype(p)) for p in (layer.A, layer.B))
         sizes.append(A.abs().sum() + torch.linalg.vector_norm(B, dim=0).sum())
     return torch.stack([size.to(sizes[0].device) for size in sizes]).sum()
+
+
+@torch.no_grad()
+def rotate(model: nn.Module, seed: int) -> None:
+    """Start elsewhere: rotate the rows of every A among themselves.
+
+    What the rows span, and the outputs, stay. Splines per channel bend along single rows, and from
+    one start training may end at axes that are not the world's: train several, from this and other
+    seeds, and keep the one that held-out examples like best.
+
+    Args:
+        model: One with adapters that have not been trained.
+        seed: Of the rotations, an int.
+
+    Raises:
+        ValueError: The model has no adapters, or one has been trained already; `seed` is no int.
+
+    Source: ours, measured in docs/benchmarks.md, "Where the curve pays".
+
+    Example:
+        aurora.inject(model, "^0$", 4, aurora.recommended(rank=4))
+        aurora.rotate(model, seed=1)
+    """
+    found = core.layers(model)
+    if type(seed) is not int:
+        raise ValueError(f"seed must be an int, got {seed!r}")
+    _check_untrained(found, "rotate")
+    draw, changes = torch.Generator().manual_seed(seed), []
+    for layer in found.values():
+        A = _whole(layer.A)
+        turn = torch.linalg.qr(torch.randn(len(A), len(A), generator=draw))[0]  # (r, r)
+        wide = A.to(core.wide_dtype(A))
+        changes.append((layer.A, turn.to(wide) @ wide))
+    with core.unchanged_on_error(model, [p for p, _ in changes]):
+        for p, value in changes:
+            p.copy_(_placed(value, p))
 
 
 @torch.no_grad()

@@ -540,6 +540,41 @@ def test_roughness_needs_splines() -> None:
     assert aurora.roughness(short) == 0
 
 
+# --- Other starts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_keeps_the_span_and_the_outputs(dtype: torch.dtype) -> None:
+    model, again = build(rank=3).to(dtype), build(rank=3).to(dtype)
+    x = X[:5].to(dtype)
+    before, out = starts(model), model(x)
+    aurora.rotate(model, 1)
+    aurora.rotate(again, 1)
+    for name, A in starts(model).items():
+        assert not torch.allclose(A, before[name], rtol=0.1)
+        assert A.dtype == dtype
+        gram, old = (a.float().t() @ a.float() for a in (A, before[name]))
+        torch.testing.assert_close(gram, old, rtol=0, atol=1e-6 if dtype == X.dtype else 1e-2)
+        assert torch.equal(A, starts(again)[name])
+    assert torch.equal(model(x), out)
+    aurora.rotate(again, 2)
+    assert not torch.equal(starts(again)["one"], starts(model)["one"])
+
+
+def test_a_rotation_of_what_is_trained_is_refused() -> None:
+    model = build()
+    with torch.no_grad():
+        model.two.B.fill_(1)
+    before = starts(model)
+    with pytest.raises(ValueError, match="two has been trained already: rotate right after"):
+        aurora.rotate(model, 1)
+    with pytest.raises(ValueError, match="seed must be an int, got 1.0"):
+        aurora.rotate(build(), 1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="inject"):
+        aurora.rotate(nn.Linear(2, 2), 1)
+    assert all(torch.equal(A, before[name]) for name, A in starts(model).items())
+
+
 # --- Several processes ---------------------------------------------------------------------------
 
 

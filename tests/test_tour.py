@@ -1,4 +1,4 @@
-"""docs/tour.ipynb runs from the first cell to the last, and what its text says is so."""
+"""docs/tour.ipynb and the guide's example run from the first line to the last, and what their text says is so."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -78,3 +79,16 @@ def test_a_cell_that_fails_is_noticed(tmp_path):
     (tmp_path / "bad.ipynb").write_text(json.dumps({"cells": [cell]}), encoding="utf-8")
     with pytest.raises(KeyError, match="planted"):
         pages().run_tour(tmp_path / "bad.ipynb")
+
+
+def test_the_guides_example_learns_a_change_that_bends(tmp_path, monkeypatch, capsys):
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    guide = (DOCS / "guide.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- bends -->\n```python\n(.*?)```", guide, re.S)
+    exec(compile(code, "guide.md", "exec"), {})
+    told = re.fullmatch(r"before (\S+), after (\S+)\n", capsys.readouterr().out)
+    assert told is not None
+    before, after = map(float, told.groups())
+    assert after < before / 30
+    assert (tmp_path / "bends.png").exists()

@@ -101,19 +101,11 @@ def adapt(rank: int, start: bool = True, **options: Any) -> Callable[[Situation]
         if start:
             with aurora.start_from_gradient(at.model):
                 (at.model(at.x) - at.y).square().mean().backward()
-        for layer in aurora.core.layers(at.model).values():
-            _turn(layer.A, at.choice.turn)
+        if at.choice.turn:
+            aurora.rotate(at.model, at.choice.turn)
         return at.model
 
     return prepare
-
-
-@torch.no_grad()
-def _turn(A: Tensor, seed: int) -> None:
-    """Rotate the rows of A among themselves, if the seed is not 0."""
-    if seed:
-        draw = torch.randn(len(A), len(A), generator=torch.Generator().manual_seed(seed))
-        A.copy_(torch.linalg.qr(draw)[0] @ A)
 
 
 # --- The others -----------------------------------------------------------------------------------
