@@ -568,7 +568,7 @@ def test_a_rotation_of_what_is_trained_is_refused() -> None:
     before = starts(model)
     with pytest.raises(ValueError, match="two has been trained already: rotate right after"):
         aurora.rotate(model, 1)
-    with pytest.raises(ValueError, match="seed must be an int, got 1.0"):
+    with pytest.raises(ValueError, match=r"seed must be an int, got 1\.0"):
         aurora.rotate(build(), 1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="inject"):
         aurora.rotate(nn.Linear(2, 2), 1)
