@@ -153,6 +153,15 @@ JUDGED = (
         sweep=(-11, -10, -9),
         parts=(LONG, LANGUAGE, ABLATED),
     ),
+    Setting(
+        "AuroRA r=32 fixed, ridge 1",
+        "aurora",
+        32,
+        FIXED,
+        ("head warmed", "gradient, ridge 1"),
+        seeds=5,
+        rate_of="AuroRA r=32 fixed",
+    ),
     # The head learns while the gradient is looked at, and not before.
     Setting(
         "AuroRA r=2, gradient at once",
