@@ -504,6 +504,25 @@ def test_long_runs_are_asked_for_at_two_rates_and_judged_at_the_better() -> None
     assert "| 0.001 |    0 | 0.9000 |    50.00" in table
 
 
+def test_ablations_are_compared_with_what_they_change_one_thing_of(monkeypatch) -> None:
+    names = (learning.STARTED, "gradient, 3 cells", learning.FIXED, "fixed r=32, ridge 1")
+    plan, lines = learning.Plan(names=names), {}
+    monkeypatch.setattr(learning, "chosen_rate", lambda *_: 1e-3)
+    for i, name in enumerate(names):
+        assert learning.unchanged(name) == names[i - i % 2]
+        for seed in range(3):
+            run = plan.ablate(name, 1e-3, seed)
+            scores = {"loss": 1 + i + i * seed / 10, "accuracy": 0.5 + i / 100, "pearson": 0.25}
+            lines[run.key] = {"run": run.key, **run._asdict(), **scores, "adapter": 7}
+    table = learning.ablations_table(plan, lines)
+    for name in names[1::2]:
+        row = next(row for row in table.splitlines() if name in row)
+        assert "+1.1000 ± 0.0577" in row
+    assert table.count("+1.00 ± 0.00") == 2
+    del lines[run.key]  # a seed is missing
+    assert "ridge 1" not in learning.ablations_table(plan, lines)
+
+
 def test_the_language_model_is_asked_for_at_many_rates_then_with_many_seeds() -> None:
     lines: dict = {}
 

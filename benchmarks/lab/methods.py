@@ -351,9 +351,8 @@ STARTS: Mapping[str, Callable[[nn.Module, Sample], None]] = {
     "no constant": drop_constant,
     WARMED: warm_head,
     "gradient": look_at_gradient,
-    "gradient, plain": functools.partial(
-        look_at_gradient, ridge=1e6
-    ),  # beside which the inputs' own C counts for nothing
+    # Beside such a ridge the covariance of the inputs counts for nothing.
+    "gradient, plain": functools.partial(look_at_gradient, ridge=1e6),
     "gradient, ridge 1e-4": functools.partial(look_at_gradient, ridge=1e-4),
     "gradient, ridge 1": functools.partial(look_at_gradient, ridge=1.0),
     "gradient, 2 batches": functools.partial(look_at_gradient, batches=2),
