@@ -548,9 +548,9 @@ def parameter_groups(
     Args:
         model: One with adapters.
         lr: The learning rate of A, B and whatever `train=` kept, as one would choose it for LoRA.
-            None means `8e-3 / sqrt(rank)`, or `17e-3 / sqrt(rank)` with fixed projections, the
-            least over the layers. Over 150 steps that was within a factor of 1.6 of the best rate
-            for LoRA of ranks 1 to 16 and for the recommended setting of ranks 2 and 8
+            None means `8e-3 / sqrt(rank)`, or `0.1 / rank` with fixed projections, the least over
+            the layers. Over 150 steps that was within a factor of 1.6 of the best rate for LoRA and
+            the recommended setting of ranks 1 to 16, and for fixed projections of ranks 8 to 64
             (docs/benchmarks.md). Longer runs want less, the paper's setting up to twice as much.
         factor: At 1, H and the spline weights, which are not as small as the entries of A and B,
             hardly move in a short fine-tuning.
@@ -579,4 +579,5 @@ def parameter_groups(
 
 
 def _rate(layer: core.AuroraLinear) -> float:
-    return (17e-3 if _fixed(layer) else 8e-3) / math.sqrt(layer.config.rank)
+    rank = layer.config.rank
+    return 0.1 / rank if _fixed(layer) else 8e-3 / math.sqrt(rank)

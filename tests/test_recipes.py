@@ -478,7 +478,7 @@ def test_between_fixed_projections_sigma_has_the_rate_itself() -> None:
     head, sigma = aurora.parameter_groups(model, 1e-3)
     assert head["lr"] == sigma["lr"] == 1e-3
     assert {*head["params"], *sigma["params"]} == set(aurora.parameters(model))
-    assert aurora.parameter_groups(model)[0]["lr"] == pytest.approx(8.5e-3)
+    assert aurora.parameter_groups(model)[0]["lr"] == pytest.approx(0.1 / 4)
     torch.manual_seed(0)
     aurora.inject(net := nn.Sequential(nn.Linear(4, 4)), "0", 4, **FIXED)  # nothing else trains
     assert len(aurora.parameter_groups(net)) == 1
