@@ -61,7 +61,7 @@ _Starts: TypeAlias = dict[str, list[tuple[nn.Parameter, Tensor]]]  # layer -> (p
 
 @contextlib.contextmanager
 def start_from_gradient(
-    model: nn.Module, *, ridge: float = 1e-2, chunk: int | None = None
+    model: nn.Module, *, ridge: float | None = None, chunk: int | None = None
 ) -> Iterator[Iterable[tuple[str, ...]]]:
     """Let the loss choose where adapters start: run forward and backward on a few batches inside.
 
@@ -88,14 +88,16 @@ def start_from_gradient(
                 for batch in a_few_batches: loss(model, batch).backward()
 
     A token counts unless its delta is 0 throughout, as at padding. Batches should suffice to tell
-    directions apart: more tokens than a layer is wide. A new head should be trained for a few steps
-    before, as the gradient under a random one says little. A compiled model runs uncompiled inside
-    the block. In a process group all ranks must take part; their sums are added up.
+    directions apart: more tokens than a layer is wide. A new head may learn meanwhile, from an
+    optimizer of its own. A compiled model runs uncompiled inside the block. In a process group all
+    ranks must take part; their sums are added up.
 
     Args:
         model: One with adapters that have not been trained; its gradients may be scaled.
-        ridge: What is added to C, in units of the mean of its diagonal. The fewer the data, the
-            more of the directions is noise: with less than some hundred samples, try 1.
+        ridge: What is added to C, in units of the mean of its diagonal. The fewer the data and the
+            higher the rank, the more of the directions is noise. None means 0.01, and 1 between
+            fixed projections, which was better there (docs/benchmarks.md); with less than some
+            hundred samples, try 1 elsewhere too.
         chunk: Layers to look at in one pass over the loop; all if None.
 
     Yields:
@@ -130,9 +132,11 @@ def start_from_gradient(
                 p.copy_(_placed(value, p))
 
 
-def _check_start(found: Mapping[str, core.AuroraLinear], ridge: float, chunk: int | None) -> None:
+def _check_start(
+    found: Mapping[str, core.AuroraLinear], ridge: float | None, chunk: int | None
+) -> None:
     """Raise ValueError for options that make no sense and for adapters that already compute."""
-    if not 0 < ridge < math.inf:
+    if ridge is not None and not 0 < ridge < math.inf:
         raise ValueError(f"ridge must be finite and above 0, got {ridge!r}")
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise ValueError(f"chunk must be an int of at least 1, or None, got {chunk!r}")
@@ -152,8 +156,12 @@ def _fixed(layer: core.AuroraLinear) -> bool:
     return bool(layer.config.projections == "fixed")
 
 
+def _ridge(layer: core.AuroraLinear) -> float:
+    return 1.0 if _fixed(layer) else 1e-2
+
+
 def _in_parts(
-    found: Mapping[str, core.AuroraLinear], size: int, ridge: float, starts: _Starts
+    found: Mapping[str, core.AuroraLinear], size: int, ridge: float | None, starts: _Starts
 ) -> Generator[tuple[str, ...], None, None]:
     """Look at so many layers at a time, while the caller runs the loop once for each part."""
     names = list(found)
@@ -165,7 +173,7 @@ def _in_parts(
 
 @contextlib.contextmanager
 def _looking(
-    part: Mapping[str, core.AuroraLinear], ridge: float, starts: _Starts
+    part: Mapping[str, core.AuroraLinear], ridge: float | None, starts: _Starts
 ) -> Iterator[None]:
     """Collect moments inside the block; on leaving, solve layer by layer and free each one's."""
     moments = {name: _Moments(layer) for name, layer in part.items()}
@@ -185,7 +193,7 @@ def _looking(
             told = f"{unseen[0]} and {len(unseen) - 1} more" if unseen[1:] else unseen[0]
             warnings.warn(f"no backward pass reached {told}: A stays as drawn there", stacklevel=5)
         for name, moment in moments.items():
-            starts[name] = moment.solve(name, ridge)
+            starts[name] = moment.solve(name, _ridge(part[name]) if ridge is None else ridge)
             moment.close()
     finally:
         for moment in moments.values():

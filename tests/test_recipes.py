@@ -540,6 +540,14 @@ def test_roughness_needs_splines() -> None:
     assert aurora.roughness(short) == 0
 
 
+def test_fixed_projections_have_a_ridge_of_their_own() -> None:
+    for options, ridge in (({}, 1e-2), (FIXED, 1.0)):
+        found = [starts(start(build(**options), ridge=r)) for r in (None, ridge, 0.1)]
+        for name, A in found[0].items():
+            assert torch.equal(A, found[1][name])
+            assert not torch.allclose(A, found[2][name])
+
+
 # --- Other starts ---------------------------------------------------------------------------------
 
 
