@@ -814,7 +814,9 @@ def explain(plan: Plan) -> str:
         f'"gradient" and "fixed": the head is trained alone for {WARM} steps, then the gradient is '
         f"looked at for {LOOKED} steps to set A (and B); these steps are taken off the budget, so "
         f"that the adapter trains for {plan.steps - WARM - LOOKED}; their rates are chosen among "
-        "runs of full length alone."
+        'runs of full length alone. "at once": the head is not trained alone before, and learns '
+        'while the gradient is looked at. "ridge 1" and "at once" take the rates of what they '
+        'change. EVA looks at the inputs of as many texts, LoRA-GA does as "gradient".'
     )
 
 
