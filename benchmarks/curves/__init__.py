@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     """Perform what has no line yet, then print and write the report."""
     parser = command.parser("curves", __doc__, "three methods and short training")
     command.add_runs(parser)
-    told = "32 and 4,096 examples too, and an arm whose sensors change"
+    told = "32 and 4,096 examples and other layers too, and an arm whose sensors change"
     parser.add_argument("--more", action="store_true", help=told)
     options = command.parse(parser, argv)
     runs = list(plan(options.quick, options.more))

@@ -21,6 +21,12 @@ SWAP: tuple[Who, ...] = (
     ("LoRA r=5", "first"),
     ("ReLU 5", "first"),
 )
+OTHER_PLACES: tuple[Who, ...] = (
+    ("AuroRA r=4", "last"),
+    ("LoRA r=5", "last"),
+    ("AuroRA r=4", "all"),
+    ("LoRA r=5", "all"),
+)
 SWIMMER = (*SWAP[:5], ("LoRA r=7", "front"), ("ReLU 6", "front"), SWAP[7])
 WIDER = (*SWAP[:5], ("LoRA r=5", "front"), ("ReLU 5", "front"), SWAP[7])
 TONES: tuple[Who, ...] = (
@@ -63,7 +69,7 @@ RATINGS: tuple[Who, ...] = (
 
 
 def plan(quick: bool = False, more: bool = False) -> Iterator[Run]:
-    """All runs, or a few short ones; more: with further numbers of examples, and other sensors."""
+    """All runs, or a few short ones; more: other numbers of examples, places and sensors too."""
     if quick:
         for method, place in (SWAP[0], SWAP[3], SWAP[5]):
             yield Run("swap", "motors", method, place, 256, draws=2, steps=300)
@@ -86,8 +92,9 @@ def plan(quick: bool = False, more: bool = False) -> Iterator[Run]:
     if more:
         for examples in (32, 4096):
             yield from motors(SWAP[:6], examples)
+        yield from motors(OTHER_PLACES, 256)
         for examples in (256, 1024):
-            for method, place in SWAP[:6]:
+            for method, place in SWAP[:8]:
                 yield Run("swap", "sensors", method, place, examples)
 
 
