@@ -64,6 +64,11 @@ class Arithmetic:
         return self.rounded(Computed(size, error), entries)
 
 
+def reaches(k: int) -> list[float]:
+    """How far the terms of a bump of order k reach from its centre, in cells: c - i."""
+    return [(k + 1) / 2 - i for i in range(k // 2 + 1)]
+
+
 # --- One layer ----------------------------------------------------------------------------------
 
 
@@ -156,7 +161,7 @@ class Rounding:
         """
         c, k = self.layer.config, self.layer.config.spline_order
         distance = 2 * max(abs(end) for end in c.grid_range) * c.cells_per_unit + 3 * k
-        terms = [(math.comb(k + 1, i), (k + 1) / 2 - i) for i in range(k // 2 + 1)]
+        terms = [(math.comb(k + 1, i), t) for i, t in enumerate(reaches(k))]
         value = sum(b * t**k for b, t in terms) / math.factorial(k)
         slope = sum(b * t ** (k - 1) for b, t in terms) / math.factorial(k - 1)
         value = max(value, *(sum(map(abs, piece)) for piece in _kernels.pieces(k)))
@@ -173,7 +178,7 @@ class Rounding:
         There its error is no longer relative to its size, and (c - i)^k makes it larger.
         """
         k, n = self.layer.config.spline_order, self.layer.w.shape[1]
-        powers = sum(((k + 1) / 2 - i) ** k for i in range(k // 2 + 1))
+        powers = sum(t**k for t in reaches(k))
         return self.inner.eps * self.inner.tiny * self.layer.count * n * powers
 
     @functools.cached_property

@@ -18,7 +18,7 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -127,9 +127,7 @@ def start_from_gradient(
         if missing := [name for name in found if name not in starts]:
             raise ValueError(f"chunk= needs a whole `for _ in parts:`; not looked at: {missing[0]}")
         changes = list(itertools.chain.from_iterable(starts.values()))
-        with core.unchanged_on_error(model, [p for p, _ in changes]), torch.no_grad():
-            for p, value in changes:
-                p.copy_(_placed(value, p))
+        _write(model, changes)
 
 
 def _check_start(
@@ -154,10 +152,6 @@ def _check_untrained(found: Mapping[str, core.AuroraLinear], what: str) -> None:
 def _fixed(layer: core.AuroraLinear) -> bool:
     """Whether the projections stay as they are set, and only the nonlinear layer trains."""
     return bool(layer.config.projections == "fixed")
-
-
-def _ridge(layer: core.AuroraLinear) -> float:
-    return 1.0 if _fixed(layer) else 1e-2
 
 
 def _in_parts(
@@ -193,7 +187,7 @@ def _looking(
             told = f"{unseen[0]} and {len(unseen) - 1} more" if unseen[1:] else unseen[0]
             warnings.warn(f"no backward pass reached {told}: A stays as drawn there", stacklevel=5)
         for name, moment in moments.items():
-            starts[name] = moment.solve(name, _ridge(part[name]) if ridge is None else ridge)
+            starts[name] = moment.solve(name, ridge)
             moment.close()
     finally:
         for moment in moments.values():
@@ -248,12 +242,14 @@ class _Moments:
         self.open, self.sums = False, None
 
     @torch.no_grad()
-    def solve(self, name: str, ridge: float) -> list[tuple[nn.Parameter, Tensor]]:
+    def solve(self, name: str, ridge: float | None) -> list[tuple[nn.Parameter, Tensor]]:
         """The layer's start, as (parameter, value). Raises ValueError if NaN or infinity was met.
 
         Rows without signal keep their draw; between fixed projections they are made uncorrelated
         with the others, and as large.
         """
+        if ridge is None:
+            ridge = 1.0 if _fixed(self.layer) else 1e-2
         G, C, count = self.allocate()
         if not bool(G.isfinite().all() & C.isfinite().all()):
             cure = "if the loss is scaled, scale it less"
@@ -372,6 +368,14 @@ def _local(p: Tensor) -> Tensor:
 def _whole(p: Tensor) -> Tensor:
     """All of a tensor, also of a sharded one."""
     return p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
+@torch.no_grad()
+def _write(model: nn.Module, changes: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Give parameters of the model their values, all or none."""
+    with core.unchanged_on_error(model, [p for p, _ in changes]):
+        for p, value in changes:
+            p.copy_(_placed(value, p))
 
 
 def _placed(value: Tensor, like: Tensor) -> Tensor:
@@ -508,9 +512,7 @@ def rotate(model: nn.Module, seed: int) -> None:
         turn = torch.linalg.qr(torch.randn(len(A), len(A), generator=draw))[0]  # (r, r)
         wide = A.to(core.wide_dtype(A))
         changes.append((layer.A, turn.to(wide) @ wide))
-    with core.unchanged_on_error(model, [p for p, _ in changes]):
-        for p, value in changes:
-            p.copy_(_placed(value, p))
+    _write(model, changes)
 
 
 @torch.no_grad()

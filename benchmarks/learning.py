@@ -390,7 +390,7 @@ def pending(plan: Plan, lines: Lines, language: bool = False, long: bool = False
         for seed in range(3):
             later += [plan.pair(name, ready[LORA], seed) for name in paired]
     ablated = [name for name in ready if ABLATED in SETTINGS[name].parts]
-    for seed in range(3):
+    for seed in range(ABLATION_SEEDS):
         later += [plan.ablate(name, ready[name], seed) for name in ablated]
     for seed in range(5):
         judges = {name: lr for name, lr in ready.items() if seed < SETTINGS[name].seeds}
@@ -402,7 +402,7 @@ def pending(plan: Plan, lines: Lines, language: bool = False, long: bool = False
     yield from (run for run in later if run.key not in lines)
 
 
-LONG_SEEDS, LANGUAGE_SEEDS = 5, 3
+LONG_SEEDS, LANGUAGE_SEEDS, ABLATION_SEEDS = 5, 3, 3
 
 
 def long_rates(plan: Plan, name: str, lines: Lines) -> list[float]:
@@ -588,7 +588,8 @@ def ablations_table(plan: Plan, lines: Lines) -> str:
     found: dict[str, list[Record]] = {}
     for name in plan.chosen():
         lr = chosen_rate(plan, name, lines) if ABLATED in SETTINGS[name].parts else None
-        runs = [lines.get(plan.ablate(name, lr, seed).key) for seed in range(3)] if lr else []
+        keys = [plan.ablate(name, lr, seed).key for seed in range(ABLATION_SEEDS)] if lr else []
+        runs = [lines.get(key) for key in keys]
         if runs and all(runs):
             found[name] = [run for run in runs if run]
     rows = []

@@ -42,12 +42,8 @@ TONES: tuple[Who, ...] = (
 )
 
 
-CLOSE = (
-    "AuroRA r=4",
-    "AuroRA r=2",
-    "warp, every input",
-    "warp, told",
-)  # near each other: more draws
+# Near each other, where more draws are needed.
+CLOSE = ("AuroRA r=4", "AuroRA r=2", "warp, every input", "warp, told")
 PARTS = (
     "AuroRA r=4, one start",
     "AuroRA r=4, no penalty",
