@@ -35,14 +35,20 @@ def evaluate(
     scale: float,
 ) -> Tensor:
     """`core.sigma`, z (r, N) -> (r, N), whichever way is faster."""
-    if w is None or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return core.sigma_with_less_memory(z, H, w, grid, config, scale)
-    points_are_few = config.spread * z.numel() <= FEW
+    way = best_way(z.numel(), config)
     if not torch.is_grad_enabled():  # there is nothing to keep
-        return (few if points_are_few else many)(z, H, w, grid, config, scale)
-    way = ALL_BUMPS if points_are_few else NEAR_BUMPS
+        return way.forward(z, H, w, grid, config, scale)
     out = core._Sigma.apply(z, H, w, grid, config, scale, way)  # type: ignore[no-untyped-call]
     return cast(Tensor, out)
+
+
+def best_way(numbers: int, c: AuroraConfig) -> core.Way:
+    """The fastest way for a z of so many numbers, without a compiler."""
+    if not c.learnable:
+        return core.ALL_BUMPS
+    return ALL_BUMPS if c.spread * numbers <= FEW else NEAR_BUMPS
 
 
 # --- Few points -----------------------------------------------------------------------------------
@@ -147,14 +153,17 @@ class Near:
     def __init__(self, z: Tensor, c: AuroraConfig) -> None:
         (r, N), k = z.shape, c.spline_order
         self.shape, self.margin, last = z.shape, k + 1, c.grid_size + 2 * k + 1
-        x = z * c.cells_per_unit + (self.margin - c.grid_range[0] * c.cells_per_unit)  # in cells
+        # In place where nothing needs what was there: fresh memory is what takes the time here.
+        x = z * c.cells_per_unit
+        x = x.add_(self.margin - c.grid_range[0] * c.cells_per_unit)  # in cells
         x = x.clamp(0, last)  # on the first and the last cell all is zero
         u = x.frac()  # the place on the cell
-        cell = (x - u).detach().nan_to_num_(0.0)  # any cell will do for NaN; u stays NaN
+        cell = x.detach().sub_(u.detach()).nan_to_num_(0.0)  # any cell will do for NaN; u stays NaN
         if c.spline == "summed":  # a product of whole floats, exact below 2^24, is the faster one
-            places = (cell * N).long() + torch.arange(N, device=z.device)
+            places = cell.mul_(N).long().add_(torch.arange(N, device=z.device))
         else:  # P = last + k + 1
-            places = cell.long() + (last + k + 1) * torch.arange(r, device=z.device).unsqueeze(1)
+            first = (last + k + 1) * torch.arange(r, device=z.device).unsqueeze(1)
+            places = cell.long().add_(first)
         self.places = places.view(-1)  # (rN,), of the first bump
         self.step = N if c.spline == "summed" else 1  # to the next one
         self.powers = [u.view(-1)]

@@ -101,19 +101,19 @@ def _counting(layers: Mapping[str, core.AuroraLinear]) -> Iterator[set[str]]:
     ran: set[str] = set()
 
     def counted(name: str, layer: core.AuroraLinear) -> Any:
-        def add_adapter(out: Tensor, x: Tensor) -> Tensor:
+        def adapted(*args: Any, **kwargs: Any) -> Tensor:
             ran.add(name)
-            return type(layer).add_adapter(layer, out, x)
+            return type(layer).adapted(layer, *args, **kwargs)
 
-        return add_adapter
+        return adapted
 
     try:
         for name, layer in layers.items():
-            layer.__dict__["add_adapter"] = counted(name, layer)
+            layer.__dict__["adapted"] = counted(name, layer)
         yield ran
     finally:
         for layer in layers.values():
-            layer.__dict__.pop("add_adapter", None)
+            layer.__dict__.pop("adapted", None)
 
 
 def _reached(ends: list[Tensor], layers: Mapping[str, core.AuroraLinear]) -> set[str]:

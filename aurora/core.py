@@ -164,16 +164,12 @@ def _rules(c: AuroraConfig) -> Iterator[tuple[str, bool, str]]:
     resolved = max(1e-18, coarsest) < spacing < 1e18
     yield "grid_range", resolved, "two numbers in rising order whose grid float32 can resolve"
     yield "dropout", 0.0 <= _as_float(c.dropout) < 1.0, "a number in [0, 1)"
-    linear = _starts_linear(c) or (c.learnable and c.spline == "per-channel")
+    linear = (c.fixed and c.activation == "identity") or (c.learnable and c.spline != "summed")
     told = '"paper" or "zero" unless splines are per channel or F(z) = H z'
     yield "init", c.init != "identity" or linear, told
     exact = c.init == "zero" and c.mode == "dynamic"
     told = '"trained" unless init="zero" and mode="dynamic"'
     yield "projections", c.projections == "trained" or exact, told
-
-
-def _starts_linear(c: AuroraConfig) -> bool:
-    return c.fixed and c.activation == "identity"
 
 
 def _as_float(value: Any) -> float:
@@ -275,14 +271,18 @@ def as_dtype(t: Any, dtype: torch.dtype) -> Any:
     return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether there is autocast on the device now."""
+    try:
+        return torch.is_autocast_enabled(device.type)
+    except RuntimeError:  # the meta device, for one; to ask first breaks the graph of old compilers
+        return False
+
+
 def full_precision(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast off: inside the ANL every matrix is r wide, and half precision saves nothing."""
-    kind = like.device.type
-    try:
-        on = torch.is_autocast_enabled(kind)
-    except RuntimeError:  # the meta device, for one; to ask first breaks the graph of old compilers
-        on = False
-    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
+    on = autocast_is_on(like.device)
+    return torch.autocast(like.device.type, enabled=False) if on else contextlib.nullcontext()
 
 
 # ---- The adaptive nonlinear layer -----------------------------------------------------------
@@ -530,9 +530,13 @@ class AuroraLinear(Exchanged):
         """x (..., in_features) -> (..., out_features); further arguments go to the base."""
         if _OPEN and (instead := _OFF.instead.get(id(self))):
             return cast(Tensor, instead(*args, **kwargs))
-        out: Tensor = self.original.forward(self, *args, **kwargs)
         if _OPEN and not self.enabled:
-            return out
+            return cast(Tensor, self.original.forward(self, *args, **kwargs))
+        return self.adapted(*args, **kwargs)
+
+    def adapted(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What `forward` gives where the adapter is on; aurora/_layer.py has a way to train it."""
+        out: Tensor = self.original.forward(self, *args, **kwargs)
         return self.add_adapter(out, args[0] if args else next(iter(kwargs.values())))
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
@@ -576,7 +580,7 @@ def add_adapter(
         x = F.dropout(x, c.dropout, training)
     dynamic = c.mode == "dynamic"
     down = A if dynamic else anl(A.t(), c.scaling).t()  # (r, in_features)
-    y = _narrow_product(as_dtype(down, x.dtype), x)  # (r, N), z if dynamic
+    y = narrow_product(as_dtype(down, x.dtype), x)  # (r, N), z if dynamic
     if dynamic:
         y = anl(y, c.scaling, columns=True)
     up = as_dtype(B, out.dtype).t()  # (r, out_features)
@@ -589,11 +593,12 @@ def add_adapter(
     return torch.addmm(out.reshape(-1, B.shape[0]), y, up).view_as(out)
 
 
-def _narrow_product(A: Tensor, x: Tensor) -> Tensor:
+def narrow_product(A: Tensor, x: Tensor) -> Tensor:
     """`A x` for A (r, in_features) and x (..., in_features) -> (r, N)."""
-    # Few columns take up to five times less time than few rows. In training, the gradient of a
-    # view of x would take as much memory as x.
-    if len(A) <= 8 and not (torch.is_grad_enabled() or torch._C._get_tracing_state()):
+    # Few columns take up to five times less time than few rows, but read x for every three anew.
+    # In training, the gradient of a view of x would take as much memory as x.
+    few = len(A) <= (12 if torch.compiler.is_compiling() or x.numel() <= 2**19 else 6)
+    if few and not (torch.is_grad_enabled() or torch._C._get_tracing_state()):
         return A @ x.reshape(-1, x.shape[-1]).t()
     y = F.linear(x, A)
     return (y if y.dim() == 2 else y.reshape(-1, len(A))).t()

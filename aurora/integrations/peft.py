@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aurora import core
+from aurora import _layer, core
 from aurora._header import differences
 
 try:
@@ -243,6 +243,10 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if not (args or kwargs or adapter_names or self.disable_adapters or self.merged):
+            at_once = self._at_once(x)
+            if at_once is not None:
+                return at_once
         out: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return out
@@ -252,6 +256,14 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
             if name in self.configs:
                 out = self._adapted(out, x, name)
         return out
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """The output where one adapter trains on a plain nn.Linear; None elsewhere."""
+        base, names = self.base_layer, [n for n in self.active_adapters if n in self.configs]
+        plain = type(base).forward is nn.Linear.forward and not _layer.is_watched(base)
+        if torch.is_grad_enabled() and plain and len(names) == 1:
+            return _layer.at_once(base, x, *self.parts(names[0]), self.training)
+        return None
 
     def _mixed(self, out: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         if self.merged:

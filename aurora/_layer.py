@@ -1,0 +1,176 @@
+"""A linear layer and its adapter at once, in training: less time and memory, the same numbers.
+
+Autograd by itself computes the gradient of the input twice, for the base and for the adapter, and
+adds the two up. Each is as large as the input. Here the adapter's product adds to the base's in
+place, which takes a third off the most memory that a layer's step holds. As one function decides,
+every narrow product has the layout that is fastest. The numbers are core's but for rounding.
+Shapes: N rows, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aurora import _kernels, core
+from aurora.core import ANL, AuroraConfig, AuroraLinear, as_dtype, narrow_product
+
+_one_by_one = AuroraLinear.adapted
+
+
+def adapted(self: AuroraLinear, *args: Any, **kwargs: Any) -> Tensor:
+    """What the layer gives with its adapter, at once where it trains and that is the same."""
+    plain = self.original.forward is nn.Linear.forward
+    if torch.is_grad_enabled() and plain and len(args) == 1 and not kwargs:
+        A, B = self._parameters.get("A", False), self._parameters.get("B", False)
+        anl: Any = self._modules["anl"]
+        out = at_once(self, args[0], A, B, anl, self.training)
+        if out is not None:
+            return out
+    return _one_by_one(self, *args, **kwargs)
+
+
+def at_once(
+    base: nn.Module, x: Tensor, A: Any, B: Any, anl: ANL, training: bool = False
+) -> Tensor | None:
+    """`x W^T + b + s B sigma(A x)` for x (..., in_features); W and b are the base's, an nn.Linear.
+
+    None where that would not be what the two do one by one.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or _is_transformed():
+        return None  # they see the operations better one by one
+    c, grid = anl.config, anl.grid
+    W: Any = base._parameters.get("weight", False)  # False: computed, where it is no parameter
+    b: Any = base._parameters.get("bias", False)
+    H = anl._parameters.get("H", False) if c.fixed else None
+    w = anl._parameters.get("spline_weight", False) if c.learnable else None
+    usual = c.mode == "dynamic" and not (c.dropout and training) and not is_watched(anl)
+    if not (usual and _are_plain(W, b, A, B, H, w)) or W.requires_grad or _trains(b):
+        return None
+    dtype = _common_dtype(x, W)
+    fits = dtype and core.wide_dtype(x, grid.one) == grid.one.dtype
+    if not (fits and x.device == W.device == grid.one.device):
+        return None
+    rows = as_dtype(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), cast(torch.dtype, dtype))
+    way = _kernels.best_way(len(rows) * c.rank, c)
+    with core.full_precision(x):  # the products have autocast's dtype by themselves
+        out: Tensor = _AtOnce.apply(rows, A, B, H, w, W, b, grid, c, way)[0]  # type: ignore
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], len(W))
+
+
+def _is_transformed() -> bool:
+    """Whether this runs under `torch.func` or `vmap`, which have no rule for a product in place."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says: by hooks or another forward."""
+    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    return "forward" in module.__dict__ or any(module.__dict__[name] for name in hooks)
+
+
+def _are_plain(*parameters: Any) -> bool:
+    """Whether none is sharded, quantised or computed."""
+    return all(p is None or type(p) is nn.Parameter for p in parameters)
+
+
+def _trains(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
+
+
+def _common_dtype(x: Tensor, W: Tensor) -> torch.dtype | None:
+    """The dtype that a product of the two has; None if there is no such product."""
+    if not core.autocast_is_on(x.device):
+        return x.dtype if x.dtype == W.dtype else None
+    cast_too = x.is_floating_point() and torch.float64 not in (x.dtype, W.dtype)
+    return torch.get_autocast_dtype(x.device.type) if cast_too else None
+
+
+class _AtOnce(torch.autograd.Function):
+    """x (N, in_features), A, B, H, w -> the output (N, out_features), z = A x and s sigma(z).
+
+    The last two, (r, N), are outputs so that second derivatives pass through them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        H: Tensor | None,
+        w: Tensor | None,
+        W: Tensor,
+        b: Tensor | None,
+        grid: core.Grid,
+        config: AuroraConfig,
+        way: core.Way,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.grid, ctx.config, ctx.scale, ctx.way = grid, config, config.scaling, way
+        ctx.dtype = dtype = x.dtype
+        wide = grid.one.dtype
+        out = F.linear(x, as_dtype(W, dtype), as_dtype(b, dtype))  # (N, out_features)
+        z = as_dtype(narrow_product(as_dtype(A, dtype), x), wide).contiguous()  # (r, N)
+        y = way.forward(z, as_dtype(H, wide), as_dtype(w, wide), grid, config, ctx.scale)
+        y = as_dtype(y, dtype)
+        out.addmm_(y.t(), as_dtype(B, dtype).t())
+        of_x, of_A, of_B, *_ = ctx.needs_input_grad
+        kept = (x if of_A else None, A if of_x else None, y if of_B else None)
+        ctx.save_for_backward(*kept, B, H, w, W, z)
+        ctx.save_for_forward(x, A, y, B, H, w, W, z)
+        ctx.set_materialize_grads(False)
+        return out, z, y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: under checkpointing there is no second time
+        with core.full_precision(saved[-1]):
+            return *_gradients(ctx, saved, grads, ctx.needs_input_grad), *[None] * 5
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        # As in `core._Sigma.jvp`: the transpose of the backward, which is linear in the gradients.
+        given = [i for i, tangent in enumerate(tangents) if tangent is not None]
+        needed = [i in given for i in range(3)]
+        _, _, y, _, _, _, W, z = saved = ctx.saved_tensors
+        start = z.new_zeros(z.shape[1], len(W), dtype=ctx.dtype), z * 0, y * 0
+
+        def back(*grads: Tensor) -> list[Any]:
+            found = _gradients(ctx, saved, grads, needed)
+            return [found[i] for i in given]
+
+        transpose = torch.func.vjp(back, *start)[1]
+        return cast(tuple[Tensor, ...], transpose([tangents[i] for i in given]))
+
+
+def _gradients(
+    ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, A, B, H and w, of the first three where they are needed."""
+    x, A, y, B, H, w, W, z = saved
+    grad, of_z, of_y = grads  # the last two in second derivatives only
+    dtype = ctx.dtype
+    if grad is None:
+        grad = z.new_zeros(z.shape[1], len(W), dtype=dtype)
+    through = narrow_product(as_dtype(B, dtype).t().contiguous(), grad)  # (r, N)
+    through = as_dtype(through if of_y is None else through + of_y, z.dtype)
+    H, w = as_dtype(H, z.dtype), as_dtype(w, z.dtype)
+    grad_z, grad_H, grad_w = ctx.way.backward(ctx, through, z, H, w)
+    grad_z = as_dtype(grad_z if of_z is None else grad_z + of_z, dtype)
+    grad_x = grad_A = grad_B = None
+    if needed[0]:
+        plain = of_z is None and of_y is None and not _is_transformed()
+        add = Tensor.addmm_ if plain else torch.addmm  # in place, where all or none are batched
+        grad_x = add(grad @ as_dtype(W, dtype), grad_z.t(), as_dtype(A, dtype))
+    if needed[1]:
+        grad_A = grad_z @ x
+    if needed[2]:
+        grad_B = (y @ grad).t()
+    return grad_x, grad_A, grad_B, grad_H, grad_w
+
+
+AuroraLinear.adapted = adapted  # type: ignore[method-assign]
