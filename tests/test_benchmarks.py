@@ -178,11 +178,14 @@ def test_markdown_table_is_aligned() -> None:
     ]
 
 
-def test_interleave_runs_both_ways_and_drops_the_warm_up() -> None:
+def test_interleave_draws_the_order_of_every_round_and_drops_the_warm_up() -> None:
     calls: list[str] = []
-    seconds = timing.interleave({k: lambda k=k: calls.append(k) for k in "ab"}, rounds=3, warmup=1)
-    assert "".join(calls) == "baabbaab"
-    assert {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3}
+    steps = {k: lambda k=k: calls.append(k) for k in "abc"}
+    seconds = timing.interleave(steps, rounds=30, warmup=2)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, 96, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(rounds) == 32 and len(set(rounds)) == 6
+    assert {k: len(v) for k, v in seconds.items()} == {"a": 30, "b": 30, "c": 30}
     assert timing.median_ratio({"a": [1.0, 9.0, 4.0], "b": [2.0, 1.0, 2.0]}, "a", "b") == 2.0
 
 

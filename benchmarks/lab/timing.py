@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,13 +28,14 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every call, by contender and round.
 
-    Each round runs every contender once, so that whatever else the machine does falls on all; every
-    other round runs them backwards, so that none always follows the same one. Warm-up rounds are
-    discarded. label: of a progress bar.
+    Each round runs every contender once, so that whatever else the machine does falls on all, in an
+    order drawn anew, so that none follows the same one, or itself, more often than another: its own
+    weights may still be in the cache. Warm-up rounds are discarded. label: of a progress bar.
     """
     taken: dict[str, list[float]] = {name: [] for name in steps}
+    draw = random.Random(0)
     for turn in progress(range(warmup + rounds), label, unit="round"):
-        for name in list(steps)[:: 1 if turn % 2 else -1]:
+        for name in draw.sample(list(steps), len(steps)):
             one = seconds(steps[name])
             if turn >= warmup:
                 taken[name].append(one)
