@@ -184,7 +184,8 @@ def test_interleave_draws_the_order_of_every_round_and_drops_the_warm_up() -> No
     seconds = timing.interleave(steps, rounds=30, warmup=2)
     rounds = ["".join(calls[i : i + 3]) for i in range(0, 96, 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
-    assert len(rounds) == 32 and len(set(rounds)) == 6
+    assert len(rounds) == 32
+    assert len(set(rounds)) == 6
     assert {k: len(v) for k, v in seconds.items()} == {"a": 30, "b": 30, "c": 30}
     assert timing.median_ratio({"a": [1.0, 9.0, 4.0], "b": [2.0, 1.0, 2.0]}, "a", "b") == 2.0
 
