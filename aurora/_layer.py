@@ -49,7 +49,7 @@ def at_once(
     H = anl._parameters.get("H", False) if c.fixed else None
     w = anl._parameters.get("spline_weight", False) if c.learnable else None
     usual = c.mode == "dynamic" and not (c.dropout and training) and not is_watched(anl)
-    if not (usual and _are_plain(W, b, A, B, H, w)) or W.requires_grad or _trains(b):
+    if not (usual and _are_plain(W, b, A, B, H, w) and _are_frozen(W, b)):
         return None
     dtype = _common_dtype(x, W)
     fits = dtype and core.wide_dtype(x, grid.one) == grid.one.dtype
@@ -78,8 +78,8 @@ def _are_plain(*parameters: Any) -> bool:
     return all(p is None or type(p) is nn.Parameter for p in parameters)
 
 
-def _trains(bias: Tensor | None) -> bool:
-    return bias is not None and bias.requires_grad
+def _are_frozen(*parameters: Any) -> bool:
+    return all(p is None or not p.requires_grad for p in parameters)
 
 
 def _common_dtype(x: Tensor, W: Tensor) -> torch.dtype | None:

@@ -942,3 +942,46 @@ def test_attention_that_was_unfused():
     aurora.fuse_attention(merged)
     assert set(merged.state_dict()) == names
     torch.testing.assert_close(merged(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def is_at_once(out) -> bool:
+    node = out.grad_fn
+    while "View" in node.name():
+        node = node.next_functions[0][0]
+    return "AtOnce" in node.name()
+
+
+def two_adapters(model):
+    config = AuroraPeftConfig(target_modules=["first"], init="identity", activation="identity")
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+
+
+APART = {
+    "a hook on the base": lambda m: m.base_model.model.first.base_layer.register_forward_hook(
+        lambda module, args, out: 2 * out
+    ),
+    "two adapters at once": two_adapters,
+    "the adapter is off": lambda m: m.base_model.disable_adapter_layers(),
+    "without a gradient": lambda m: m.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("what", [None, *APART])
+def test_base_and_adapter_run_at_once_where_that_is_the_same(what, monkeypatch):
+    torch.manual_seed(0)
+    options = {"target_modules": ["first"], "init": "identity", "activation": "identity"}
+    model = peft.get_peft_model(Mlp(), AuroraPeftConfig(**options)).eval()
+    layer = model.base_model.model.first
+    torch.nn.init.normal_(layer.aurora_B["default"].weight)
+    if what is not None:
+        APART[what](model)
+    found = layer(rows())
+    with monkeypatch.context() as patch:
+        patch.setattr(ours._layer, "at_once", lambda *args: None)
+        torch.testing.assert_close(found, layer(rows()))
+    assert not torch.allclose(found, layer.base_layer(rows())) or what == "the adapter is off"
+    if found.requires_grad:
+        assert is_at_once(found) == (what is None)
+    else:
+        assert what in ("without a gradient", "the adapter is off")
