@@ -56,10 +56,11 @@ def best_way(numbers: int, c: AuroraConfig) -> core.Way:
 
 def few(z: Tensor, H: Any, w: Tensor, grid: Any, c: AuroraConfig, scale: float) -> Tensor:
     """`core.sigma` with all sums in one product, the binomials multiplied into the weights."""
-    activation = core._ACTIVATIONS[c.activation]
-    out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
+    activation, k = core._ACTIVATIONS[c.activation], c.spline_order
+    out = torch.zeros_like(z) if H is None else activation(torch.mm(H, activation(z)))  # (r, N)
     distance = torch.sub(grid.centers, z, alpha=c.cells_per_unit).abs_()  # (n, 1, r, N)
-    terms = (grid.reach - distance).relu_() ** c.spline_order  # (n, I, r, N)
+    t = (grid.reach - distance).relu_()  # (n, I, r, N)
+    terms = t * t * t if k == 3 else t**k  # 2% of a layer's time for one token
     (r, N), weights, size = z.shape, w.unsqueeze(2), c.spread  # n I
     if c.spline == "summed":
         weights = (weights * grid.repeated).view(r, size * r)

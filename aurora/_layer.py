@@ -9,6 +9,7 @@ Shapes: N rows, r rank.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,17 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aurora import _kernels, core
-from aurora.core import ANL, AuroraConfig, AuroraLinear, as_dtype, narrow_product
+from aurora.core import ANL, AuroraLinear, as_dtype, narrow_product
 
 _one_by_one = AuroraLinear.adapted
 
 
 def adapted(self: AuroraLinear, *args: Any, **kwargs: Any) -> Tensor:
-    """What the layer gives with its adapter, at once where it trains and that is the same."""
-    plain = self.original.forward is nn.Linear.forward
-    if torch.is_grad_enabled() and plain and len(args) == 1 and not kwargs:
-        A, B = self._parameters.get("A", False), self._parameters.get("B", False)
-        anl: Any = self._modules["anl"]
+    """What the layer gives with its adapter, at once where that is the same."""
+    if len(args) == 1 and not kwargs and self.original.forward is nn.Linear.forward:
+        own, anl = self._parameters, cast(ANL, self._modules["anl"])
+        A, B = own.get("A", False), own.get("B", False)
         out = at_once(self, args[0], A, B, anl, self.training)
         if out is not None:
             return out
@@ -39,27 +39,38 @@ def at_once(
 ) -> Tensor | None:
     """`x W^T + b + s B sigma(A x)` for x (..., in_features); W and b are the base's, an nn.Linear.
 
-    None where that would not be what the two do one by one.
+    None where that would not be what the two do one by one. The questions are quick, as they are a
+    tenth of what an adapter costs for one token.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or _is_transformed():
         return None  # they see the operations better one by one
     c, grid = anl.config, anl.grid
     W: Any = base._parameters.get("weight", False)  # False: computed, where it is no parameter
     b: Any = base._parameters.get("bias", False)
-    H = anl._parameters.get("H", False) if c.fixed else None
-    w = anl._parameters.get("spline_weight", False) if c.learnable else None
-    usual = c.mode == "dynamic" and not (c.dropout and training) and not is_watched(anl)
-    if not (usual and _are_plain(W, b, A, B, H, w) and _are_frozen(W, b)):
+    H: Any = anl._parameters.get("H", False) if c.fixed else None
+    w: Any = anl._parameters.get("spline_weight", False) if c.learnable else None
+    for p in (W, A, B, b, H, w):
+        if type(p) is not nn.Parameter and p is not None:
+            return None  # sharded, quantised or computed
+    learns, autocast = torch.is_grad_enabled(), core.autocast_is_on(x.device)
+    differs = c.mode == "static" or (c.dropout and training) or is_watched(anl)
+    if differs or (learns and (W.requires_grad or (b is not None and b.requires_grad))):
         return None
-    dtype = _common_dtype(x, W)
-    fits = dtype and core.wide_dtype(x, grid.one) == grid.one.dtype
-    if not (fits and x.device == W.device == grid.one.device):
+    if autocast and x.is_floating_point() and torch.float64 not in (x.dtype, W.dtype):
+        x = as_dtype(x, torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != W.dtype:
         return None
-    rows = as_dtype(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), cast(torch.dtype, dtype))
+    if x.device != grid.one.device or (x.dtype == torch.float64 and grid.one.dtype != x.dtype):
+        return None
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     way = _kernels.best_way(len(rows) * c.rank, c)
-    with core.full_precision(x):  # the products have autocast's dtype by themselves
-        out: Tensor = _AtOnce.apply(rows, A, B, H, w, W, b, grid, c, way)[0]  # type: ignore
+    run: Any = _AtOnce.apply if learns else _forward
+    with core.full_precision(x) if autocast else _NOTHING:  # the products have its dtype already
+        out: Tensor = run(rows, A, B, H, w, W, b, grid, c, way)[0]
     return out if x.dim() == 2 else out.view(*x.shape[:-1], len(W))
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _is_transformed() -> bool:
@@ -69,55 +80,34 @@ def _is_transformed() -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class says: by hooks or another forward."""
-    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
-    return "forward" in module.__dict__ or any(module.__dict__[name] for name in hooks)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    hooks = hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
-def _are_plain(*parameters: Any) -> bool:
-    """Whether none is sharded, quantised or computed."""
-    return all(p is None or type(p) is nn.Parameter for p in parameters)
-
-
-def _are_frozen(*parameters: Any) -> bool:
-    return all(p is None or not p.requires_grad for p in parameters)
-
-
-def _common_dtype(x: Tensor, W: Tensor) -> torch.dtype | None:
-    """The dtype that a product of the two has; None if there is no such product."""
-    if not core.autocast_is_on(x.device):
-        return x.dtype if x.dtype == W.dtype else None
-    cast_too = x.is_floating_point() and torch.float64 not in (x.dtype, W.dtype)
-    return torch.get_autocast_dtype(x.device.type) if cast_too else None
+def _forward(
+    x: Tensor, A: Any, B: Any, H: Any, w: Any, W: Any, b: Any, grid: Any, c: Any, way: core.Way
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, in_features) -> the output (N, out_features), z = A x and s sigma(z), both (r, N)."""
+    dtype, wide = x.dtype, grid.one.dtype
+    out = F.linear(x, as_dtype(W, dtype), as_dtype(b, dtype))
+    z = as_dtype(narrow_product(as_dtype(A, dtype), x), wide).contiguous()
+    y = way.forward(z, as_dtype(H, wide), as_dtype(w, wide), grid, c, c.scaling)
+    y = as_dtype(y, dtype)
+    return out.addmm_(y.t(), as_dtype(B, dtype).t()), z, y
 
 
 class _AtOnce(torch.autograd.Function):
-    """x (N, in_features), A, B, H, w -> the output (N, out_features), z = A x and s sigma(z).
+    """x (N, in_features), A, B, H, w -> what `_forward` gives, which is constant in all the rest.
 
-    The last two, (r, N), are outputs so that second derivatives pass through them.
+    z and s sigma(z) are outputs so that second derivatives pass through them.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        H: Tensor | None,
-        w: Tensor | None,
-        W: Tensor,
-        b: Tensor | None,
-        grid: core.Grid,
-        config: AuroraConfig,
-        way: core.Way,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.grid, ctx.config, ctx.scale, ctx.way = grid, config, config.scaling, way
-        ctx.dtype = dtype = x.dtype
-        wide = grid.one.dtype
-        out = F.linear(x, as_dtype(W, dtype), as_dtype(b, dtype))  # (N, out_features)
-        z = as_dtype(narrow_product(as_dtype(A, dtype), x), wide).contiguous()  # (r, N)
-        y = way.forward(z, as_dtype(H, wide), as_dtype(w, wide), grid, config, ctx.scale)
-        y = as_dtype(y, dtype)
-        out.addmm_(y.t(), as_dtype(B, dtype).t())
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, A, B, H, w, W, _, ctx.grid, ctx.config, ctx.way = inputs
+        ctx.dtype, ctx.scale = x.dtype, ctx.config.scaling
+        out, z, y = _forward(*inputs)
         of_x, of_A, of_B, *_ = ctx.needs_input_grad
         kept = (x if of_A else None, A if of_x else None, y if of_B else None)
         ctx.save_for_backward(*kept, B, H, w, W, z)

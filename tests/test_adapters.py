@@ -995,7 +995,7 @@ class Life(RuleBasedStateMachine):
     @initialize()
     def start(self):
         self.model = make_model().eval()
-        self.count, self.expected = 0, {None: self.model(X).detach()}
+        self.count, self.expected = 0, {None: served(self.model).detach()}
 
     def names(self):
         return [name for name in self.expected if name is not None]
@@ -1009,14 +1009,14 @@ class Life(RuleBasedStateMachine):
         name = f"n{self.count}"
         self.count += 1
         aurora.add_adapter(self.model, name, layers, rank, train=train)
-        assert torch.equal(self.model(X), self.expected[None])
+        assert torch.equal(served(self.model), self.expected[None])
         self.expected[name] = self.expected[None]
 
     @rule()
     def train(self):
         if self.names():
             step(self.model, torch.optim.SGD(self.model.parameters(), lr=0.1))
-            self.expected[aurora.adapter_names(self.model)[0]] = self.model(X).detach()
+            self.expected[aurora.adapter_names(self.model)[0]] = served(self.model).detach()
 
     @rule(data=st.data())
     def switch(self, data):
@@ -1040,10 +1040,10 @@ class Life(RuleBasedStateMachine):
         if not hasattr(self, "model") or not self.names():
             return
         assert set(aurora.adapter_names(self.model)) == set(self.names())
-        assert torch.equal(self.model(X), self.expected[aurora.adapter_names(self.model)[0]])
+        assert torch.equal(served(self.model), self.expected[aurora.adapter_names(self.model)[0]])
         for name, expected in self.expected.items():
             with aurora.use(self.model, name):
-                assert torch.equal(self.model(X), expected)
+                assert torch.equal(served(self.model), expected)
         trained = set(aurora.parameters(self.model))
         assert {p for p in self.model.parameters() if p.requires_grad} == trained
 

@@ -182,7 +182,8 @@ def test_interleave_draws_the_order_of_every_round_and_drops_the_warm_up() -> No
     calls: list[str] = []
     steps = {k: lambda k=k: calls.append(k) for k in "abc"}
     seconds = timing.interleave(steps, rounds=30, warmup=2)
-    rounds = ["".join(calls[i : i + 3]) for i in range(0, 96, 3)]
+    assert calls[::2] == calls[1::2]  # each steps twice
+    rounds = ["".join(calls[i : i + 6 : 2]) for i in range(0, 192, 6)]
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
     assert len(rounds) == 32
     assert len(set(rounds)) == 6

@@ -253,10 +253,25 @@ def test_where_it_would_differ_it_is_off(name):
     assert not is_at_once(found)
 
 
-def test_no_gradient_no_step():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_without_gradients_too(name, dtype):
+    layer = make(dtype, **VARIANTS[name])
+    for shape in [(12,), (5, 12), (2, 0, 12), (2, 9, 12)]:
+        x = torch.randn(*shape, dtype=dtype)
+        with torch.inference_mode():
+            A, B, anl = layer.A, layer.B, layer.anl
+            at_once = _layer.at_once(layer, x, A, B, anl)
+            assert torch.equal(layer(x), at_once)
+            compare({"out": at_once}, {"out": _layer._one_by_one(layer, x)}, 1e-6)
+
+
+def test_without_gradients_under_autocast():
     layer, x = make(), torch.randn(5, 12)
-    with torch.no_grad():
-        assert torch.equal(layer(x), _layer._one_by_one(layer, x))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found, wanted = layer(x), _layer._one_by_one(layer, x)
+    assert found.dtype == torch.bfloat16
+    compare({"out": found}, {"out": wanted}, 1e-2)
 
 
 def test_an_input_that_does_not_fit_is_the_bases_error():

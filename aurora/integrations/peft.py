@@ -258,10 +258,10 @@ class AuroraTunerLinear(nn.Module, BaseTunerLayer):
         return out
 
     def _at_once(self, x: Tensor) -> Tensor | None:
-        """The output where one adapter trains on a plain nn.Linear; None elsewhere."""
+        """The output where one adapter is on a plain nn.Linear; None elsewhere."""
         base, names = self.base_layer, [n for n in self.active_adapters if n in self.configs]
         plain = type(base).forward is nn.Linear.forward and not _layer.is_watched(base)
-        if torch.is_grad_enabled() and plain and len(names) == 1:
+        if plain and len(names) == 1:
             return _layer.at_once(base, x, *self.parts(names[0]), self.training)
         return None
 

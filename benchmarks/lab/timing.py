@@ -26,16 +26,18 @@ def seconds(step: Callable[[], object]) -> float:
 def interleave(
     steps: Steps, rounds: int, warmup: int = 2, label: str = ""
 ) -> dict[str, list[float]]:
-    """Seconds of every call, by contender and round.
+    """Seconds of a step, by contender and round.
 
-    Each round runs every contender once, so that whatever else the machine does falls on all, in an
-    order drawn anew, so that none follows the same one, or itself, more often than another: its own
-    weights may still be in the cache. Warm-up rounds are discarded. label: of a progress bar.
+    Each round runs every contender, so that whatever else the machine does falls on all, in an
+    order drawn anew, so that none always follows the same one. Each steps twice and the second
+    counts: in use a model follows itself, not another, whose code and weights are in the caches.
+    Warm-up rounds are discarded. label: of a progress bar.
     """
     taken: dict[str, list[float]] = {name: [] for name in steps}
     draw = random.Random(0)
     for turn in progress(range(warmup + rounds), label, unit="round"):
         for name in draw.sample(list(steps), len(steps)):
+            steps[name]()
             one = seconds(steps[name])
             if turn >= warmup:
                 taken[name].append(one)
