@@ -1,11 +1,10 @@
-"""Sigma without a compiler: faster than `core.sigma`, and the same numbers but for rounding.
+"""Sigma of many points: faster than `core.sigma`, and the same numbers but for rounding.
 
-`core.sigma` is right for a compiler, which fuses its operations. Without one every operation costs
-its call, which is what counts for few points: `few` has the fewest. For many points, what counts is
-the arithmetic. Only k + 1 of all n bumps are not zero at a point. `many` looks them up, which costs
-the same on every grid, and takes the points in blocks, which fit into a processor's cache and bound
-the memory. Shapes: r rank, N points, k spline order (degree), n spline weights a channel, I terms
-of a bump.
+`core.sigma` is right for a compiler, which fuses its operations, and for few points, where what
+costs is the calls. For many points it is the arithmetic. Only k + 1 of all n bumps are not zero at
+a point. `many` looks them up, which costs the same on every grid, and takes the points in blocks,
+which fit into a processor's cache and bound the memory. Shapes: r rank, N points, k spline order
+(degree), n spline weights a channel.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 from aurora import core
 from aurora.core import AuroraConfig
 
-FEW = 2**16  # numbers in the largest tensor of `few`, up to which it is the faster way
+FEW = 2**16  # numbers in the largest tensor of `core.sigma`, up to which it is the faster way
 BLOCK = 2**17  # numbers in the tensors of a block, for each of at most 8 threads
 
 
@@ -46,34 +45,11 @@ def evaluate(
 
 def best_way(numbers: int, c: AuroraConfig) -> core.Way:
     """The fastest way for a z of so many numbers, without a compiler."""
-    if not c.learnable:
-        return core.ALL_BUMPS
-    return ALL_BUMPS if c.spread * numbers <= FEW else NEAR_BUMPS
+    few = not c.learnable or c.spread * numbers <= FEW
+    return core.ALL_BUMPS if few else NEAR_BUMPS
 
 
-# --- Few points -----------------------------------------------------------------------------------
-
-
-def few(z: Tensor, H: Any, w: Tensor, grid: Any, c: AuroraConfig, scale: float) -> Tensor:
-    """`core.sigma` with all sums in one product, the binomials multiplied into the weights."""
-    activation, k = core._ACTIVATIONS[c.activation], c.spline_order
-    out = torch.zeros_like(z) if H is None else activation(torch.mm(H, activation(z)))  # (r, N)
-    distance = torch.sub(grid.centers, z, alpha=c.cells_per_unit).abs_()  # (n, 1, r, N)
-    t = (grid.reach - distance).relu_()  # (n, I, r, N)
-    terms = t * t * t if k == 3 else t**k  # 2% of a layer's time for one token
-    (r, N), weights, size = z.shape, w.unsqueeze(2), c.spread  # n I
-    if c.spline == "summed":
-        weights = (weights * grid.repeated).view(r, size * r)
-        return torch.addmm(out, weights, terms.view(size * r, N), beta=scale, alpha=scale)
-    weights = (weights * grid.binomials.view(-1)).view(r, 1, size)
-    each = terms.view(size, r, N).transpose(0, 1)  # (r, n I, N)
-    return torch.baddbmm(out.unsqueeze(1), weights, each, beta=scale, alpha=scale).squeeze(1)
-
-
-ALL_BUMPS = core.Way(few, core.sigma_backward)
-
-
-# --- Many points, in blocks -----------------------------------------------------------------------
+# --- In blocks ------------------------------------------------------------------------------------
 
 
 def many(z: Tensor, *rest: Any) -> Tensor:

@@ -1,10 +1,9 @@
-"""A linear layer and its adapter at once, in training: less time and memory, the same numbers.
+"""A linear layer and its adapter at once: core's numbers but for rounding, in less time and memory.
 
-Autograd by itself computes the gradient of the input twice, for the base and for the adapter, and
-adds the two up. Each is as large as the input. Here the adapter's product adds to the base's in
-place, which takes a third off the most memory that a layer's step holds. As one function decides,
-every narrow product has the layout that is fastest. The numbers are core's but for rounding.
-Shapes: N rows, r rank.
+In training, autograd by itself computes the gradient of the input twice, for the base and for the
+adapter, and adds the two up. Each is as large as the input. Here the adapter's product adds to the
+base's in place, which takes a third off the most memory that a layer's step holds. Each narrow
+product has the layout that is fastest, and one token waits for fewer calls. Shapes: N rows, r rank.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ def adapted(self: AuroraLinear, *args: Any, **kwargs: Any) -> Tensor:
     """What the layer gives with its adapter, at once where that is the same."""
     if len(args) == 1 and not kwargs and self.original.forward is nn.Linear.forward:
         own, anl = self._parameters, cast(ANL, self._modules["anl"])
-        A, B = own.get("A", False), own.get("B", False)
-        out = at_once(self, args[0], A, B, anl, self.training)
+        out = at_once(self, args[0], own.get("A"), own.get("B"), anl, self.training)
         if out is not None:
             return out
     return _one_by_one(self, *args, **kwargs)
@@ -45,13 +43,12 @@ def at_once(
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or _is_transformed():
         return None  # they see the operations better one by one
     c, grid = anl.config, anl.grid
-    W: Any = base._parameters.get("weight", False)  # False: computed, where it is no parameter
-    b: Any = base._parameters.get("bias", False)
+    W: Any = base._parameters.get("weight")
+    b: Any = base._parameters.get("bias", False)  # None: it has none; False: it is computed
     H: Any = anl._parameters.get("H", False) if c.fixed else None
     w: Any = anl._parameters.get("spline_weight", False) if c.learnable else None
-    for p in (W, A, B, b, H, w):
-        if type(p) is not nn.Parameter and p is not None:
-            return None  # sharded, quantised or computed
+    if not _are_plain((W, A, B), (b, H, w)):
+        return None
     learns, autocast = torch.is_grad_enabled(), core.autocast_is_on(x.device)
     differs = c.mode == "static" or (c.dropout and training) or is_watched(anl)
     if differs or (learns and (W.requires_grad or (b is not None and b.requires_grad))):
@@ -76,6 +73,12 @@ _NOTHING = contextlib.nullcontext()
 def _is_transformed() -> bool:
     """Whether this runs under `torch.func` or `vmap`, which have no rule for a product in place."""
     return torch._C._are_functorch_transforms_active()
+
+
+def _are_plain(needed: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether none is sharded, quantised or computed. The others may be None."""
+    own = set(map(type, needed)) == {nn.Parameter}
+    return own and set(map(type, others)) <= {nn.Parameter, type(None)}
 
 
 def is_watched(module: nn.Module) -> bool:

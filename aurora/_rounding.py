@@ -64,11 +64,6 @@ class Arithmetic:
         return self.rounded(Computed(size, error), entries)
 
 
-def reaches(k: int) -> list[float]:
-    """How far the terms of a bump of order k reach from its centre, in cells: c - i."""
-    return [(k + 1) / 2 - i for i in range(k // 2 + 1)]
-
-
 # --- One layer ----------------------------------------------------------------------------------
 
 
@@ -161,7 +156,7 @@ class Rounding:
         """
         c, k = self.layer.config, self.layer.config.spline_order
         distance = 2 * max(abs(end) for end in c.grid_range) * c.cells_per_unit + 3 * k
-        terms = [(math.comb(k + 1, i), t) for i, t in enumerate(reaches(k))]
+        terms = [(math.comb(k + 1, i), (k + 1) / 2 - i) for i in range(k // 2 + 1)]
         value = sum(b * t**k for b, t in terms) / math.factorial(k)
         slope = sum(b * t ** (k - 1) for b, t in terms) / math.factorial(k - 1)
         value = max(value, *(sum(map(abs, piece)) for piece in _kernels.pieces(k)))
@@ -172,15 +167,6 @@ class Rounding:
         """|w_j|_1 (r,), every weight `tiny` larger, so that what underflows is covered too."""
         return (self.layer.w.abs() + self.inner.tiny).sum(1)
 
-    def underflow(self) -> float:
-        """What a channel may lose where few points are computed: binom w / k! may be below `tiny`.
-
-        There its error is no longer relative to its size, and (c - i)^k makes it larger.
-        """
-        k, n = self.layer.config.spline_order, self.layer.w.shape[1]
-        powers = sum(t**k for t in reaches(k))
-        return self.inner.eps * self.inner.tiny * self.layer.count * n * powers
-
     @functools.cached_property
     def sigma(self) -> Tensor:
         """The errors (r,) of sigma's channels, before they are rounded to the layer's dtype."""
@@ -190,7 +176,6 @@ class Rounding:
         if layer.fixed:
             absolute = absolute + 1 + times(H, reach).sum(1)
         error = self.unit * absolute + layer.phi.slope * times(H, self.shift).sum(1)
-        error = error + self.underflow()
         if self.lost:
             return torch.full_like(error, math.inf)
         return error.where(max(1.0, layer.scaling) * absolute <= self.inner.largest, math.inf)

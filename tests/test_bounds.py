@@ -220,7 +220,7 @@ def test_no_error_exceeds_its_allowance(case):
 
 @pytest.mark.parametrize("order", [1, 3, 8])
 def test_tiny_weights_are_within_their_allowance(order):
-    """Few points multiply the weights by 1 / k! first, which may leave few digits of them."""
+    """Near the smallest number there is, a weight has few digits, and its products have none."""
     anl = ANL(1, fixed=False, spline_order=order)
     drawn = torch.randn(anl.spline_weight.shape, generator=torch.Generator().manual_seed(0))
     z = torch.linspace(-3, 3, 700).unsqueeze(1)
