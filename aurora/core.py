@@ -536,7 +536,7 @@ class AuroraLinear(Exchanged):
         return self.adapted(*args, **kwargs)
 
     def adapted(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What `forward` gives where the adapter is on; aurora/_layer.py has a way to train it."""
+        """What `forward` gives where the adapter is on; aurora/_layer.py has a faster way."""
         out: Tensor = self.original.forward(self, *args, **kwargs)
         return self.add_adapter(out, args[0] if args else next(iter(kwargs.values())))
 
