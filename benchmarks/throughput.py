@@ -44,7 +44,7 @@ from benchmarks.lab.steps import (
     make_step,
     peak_bytes,
 )
-from benchmarks.lab.timing import interleave, median_ratio, quartiles, ratios, seconds
+from benchmarks.lab.timing import interleave, median_ratio, quartiles, ratios, second_of_two
 
 LLAMA = {"q": (4096, 4096), "k": (4096, 1024), "up": (4096, 14336), "down": (14336, 4096)}
 
@@ -62,18 +62,13 @@ def against_rival(rival: Rival | None, rounds: int, call: str = "step", **argume
     step = (make_step if call == "step" else make_forward)(OURS, **arguments)
     ours: list[float] = []
     theirs: list[float] = []
-
-    def measure_ours() -> None:  # the second of two, as `interleave` does
-        step()
-        ours.append(seconds(step))
-
     for turn in range(rounds + 3):
         if turn % 2:
-            measure_ours()
+            ours.append(second_of_two(step))
         rival.ask(call, **arguments)
         theirs.append(rival.ask(call, **arguments))
         if not turn % 2:
-            measure_ours()
+            ours.append(second_of_two(step))
     return quartiles(ours[3:], theirs[3:])
 
 

@@ -8,9 +8,8 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # `pytest -n 2`: more threads than cores wait for each other
+# Under `pytest -n 2`: more threads than cores wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 

@@ -150,6 +150,14 @@ def refused(model: nn.Module, path: Any, match: str, error: type[Exception] = Va
     assert everything(model) == before
 
 
+def is_at_once(out: torch.Tensor) -> bool:
+    """Whether base and adapter made the output in one step, past the view that shapes it."""
+    node = out.grad_fn
+    while node is not None and "View" in node.name():
+        node = node.next_functions[0][0]
+    return node is not None and "AtOnce" in node.name()
+
+
 def on_two(function: Callable[..., None], *args: Any) -> None:
     """Run `function(rank, *args)` in two processes that form a group on this machine."""
     with socket.socket() as probe:

@@ -23,22 +23,26 @@ def seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def second_of_two(step: Callable[[], object]) -> float:
+    """Seconds of a step that follows itself, as in use: its code and weights are in the caches."""
+    step()
+    return seconds(step)
+
+
 def interleave(
     steps: Steps, rounds: int, warmup: int = 2, label: str = ""
 ) -> dict[str, list[float]]:
     """Seconds of a step, by contender and round.
 
     Each round runs every contender, so that whatever else the machine does falls on all, in an
-    order drawn anew, so that none always follows the same one. Each steps twice and the second
-    counts: in use a model follows itself, not another, whose code and weights are in the caches.
+    order drawn anew, so that none always follows the same one; of two steps the second counts.
     Warm-up rounds are discarded. label: of a progress bar.
     """
     taken: dict[str, list[float]] = {name: [] for name in steps}
     draw = random.Random(0)
     for turn in progress(range(warmup + rounds), label, unit="round"):
         for name in draw.sample(list(steps), len(steps)):
-            steps[name]()
-            one = seconds(steps[name])
+            one = second_of_two(steps[name])
             if turn >= warmup:
                 taken[name].append(one)
     return taken

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from support import is_at_once
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -942,13 +943,6 @@ def test_attention_that_was_unfused():
     aurora.fuse_attention(merged)
     assert set(merged.state_dict()) == names
     torch.testing.assert_close(merged(x), wanted, rtol=1e-4, atol=1e-5)
-
-
-def is_at_once(out) -> bool:
-    node = out.grad_fn
-    while "View" in node.name():
-        node = node.next_functions[0][0]
-    return "AtOnce" in node.name()
 
 
 def two_adapters(model):
