@@ -4,13 +4,13 @@
 costs is the calls. For many points it is the arithmetic. Only k + 1 of all n bumps are not zero at
 a point. `many` looks them up, which costs the same on every grid, and takes the points in blocks,
 which fit into a processor's cache and bound the memory. Shapes: r rank, N points, k spline order
-(degree), n spline weights a channel.
+(degree), n spline weights a channel, C cells with those around the grid.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aurora import core
-from aurora.core import AuroraConfig
+from aurora.core import AuroraConfig, Grid, pieces
 
-FEW = 2**16  # numbers in the largest tensor of `core.sigma`, up to which it is the faster way
+FEW = 2**17  # numbers in the largest tensor of `core.sigma`, up to which it is the faster way
 BLOCK = 2**17  # numbers in the tensors of a block, for each of at most 8 threads
 
 
@@ -29,7 +29,7 @@ def evaluate(
     z: Tensor,
     H: Tensor | None,
     w: Tensor | None,
-    grid: core.Grid,
+    grid: Grid,
     config: AuroraConfig,
     scale: float,
 ) -> Tensor:
@@ -49,26 +49,38 @@ def best_way(numbers: int, c: AuroraConfig) -> core.Way:
     return core.ALL_BUMPS if few else NEAR_BUMPS
 
 
+def one_by_one(c: AuroraConfig) -> bool:
+    """Whether splines are looked up one by one, which for summed ones is r^2 look-ups a token.
+
+    That is less than a table of n totals a token for few channels and a fine grid.
+    """
+    return c.spline == "per-channel" or 6 * c.rank**2 <= c.grid_size
+
+
 # --- In blocks ------------------------------------------------------------------------------------
 
 
-def many(z: Tensor, *rest: Any) -> Tensor:
+def many(z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
     """`core.sigma` in blocks, from the bumps that are not zero."""
-    config = rest[3]
     # The mean slope of order 1 at a knot takes a bump more than are not zero there.
-    sigma = core.sigma if config.spline_order == 1 else _sigma
-    blocks = torch.split(z, block_size(z, config), 1)
-    return torch.cat([sigma(block, *rest) for block in blocks], 1)
+    sigma = core.sigma if c.spline_order == 1 else _sigma
+    return torch.cat([sigma(block, H, w, grid, c, scale) for block in in_blocks(c, z)[0]], 1)
+
+
+def many_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
+    """`core.bump_totals` in blocks, from the bumps that are not zero."""
+    totals = core.bump_totals if c.spline_order == 1 else _totals
+    return torch.cat([totals(block, grid, c) for block in in_blocks(c, z)[0]], 1)
 
 
 def many_backward(
-    ctx: Any, grad: Tensor, z: Tensor, H: Any, w: Tensor
+    ctx: Any, grad: Tensor, z: Tensor, H: Any, w: Tensor, totals: Any = None
 ) -> tuple[Tensor | None, ...]:
     """`core.sigma_backward` in blocks, from the bumps that are not zero."""
     spline = None if ctx.config.spline_order == 1 else _spline_backward
-    size, of_z, others = block_size(z, ctx.config), [], None
-    for g, block in zip(torch.split(grad, size, 1), torch.split(z, size, 1), strict=True):
-        grad_z, *rest = core.sigma_backward(ctx, g, block, H, w, spline)
+    of_z, others = [], None
+    for g, block, known in zip(*in_blocks(ctx.config, grad, z, totals), strict=True):
+        grad_z, *rest = core.sigma_backward(ctx, g, block, H, w, known, spline)
         of_z.append(grad_z)
         others = (
             rest if others is None else [_plus(a, b) for a, b in zip(others, rest, strict=True)]
@@ -80,72 +92,128 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if a is None or b is None else a + b
 
 
-def block_size(z: Tensor, c: AuroraConfig) -> int:
-    """How many columns of z (r, N) to take at once."""
-    column = max(4 * len(z), c.grid_size)
+def in_blocks(c: AuroraConfig, first: Tensor, *others: Tensor | None) -> list[Sequence[Any]]:
+    """Tensors (r, N) and (n, N) as as many blocks of their columns; for None, None as often."""
+    column = 4 * c.rank
+    if c.spline == "summed":
+        column = column * c.rank if one_by_one(c) else max(column, c.grid_size)
     if c.spline_order == 1:
-        column = c.spread * len(z)
-    return max(1, BLOCK * min(8, torch.get_num_threads()) // column)
+        column = c.spread * c.rank
+    size = max(1, BLOCK * min(8, torch.get_num_threads()) // column)
+    blocks = torch.split(first, size, 1)
+    rest = [[None] * len(blocks) if t is None else torch.split(t, size, 1) for t in others]
+    return [blocks, *rest]
 
 
-NEAR_BUMPS = core.Way(many, many_backward)
+NEAR_BUMPS = core.Way(many, many_backward, many_totals)
 
 
 # --- One block ------------------------------------------------------------------------------------
 
 
-def _sigma(z: Tensor, H: Any, w: Tensor, grid: Any, c: AuroraConfig, scale: float) -> Tensor:
+def _sigma(z: Tensor, H: Any, w: Tensor, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
     activation = core._ACTIVATIONS[c.activation]
     out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
-    near = Near(z, c)
-    padded = F.pad(w, (near.margin, near.margin))  # (r, P)
-    if c.spline == "summed":
-        totals = near.values(padded.shape[1])  # (P, N)
-        return torch.addmm(out, padded, totals, beta=scale, alpha=scale)
-    return (out + near.collect(padded, pieces(c.spline_order))).mul_(scale)
+    if one_by_one(c):
+        return (out + Curves(z, grid, c).values(w)).mul_(scale)
+    return torch.addmm(out, w, _totals(z, grid, c), beta=scale, alpha=scale)
 
 
-def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def _totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
+    return Bumps(z, grid, c).totals()
+
+
+def _spline_backward(
+    ctx: Any, grad: Tensor, z: Tensor, w: Tensor, totals: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Gradients of z (r, N), up to k s / h, and of the spline weights w (r, n)."""
-    near, steep = Near(z, ctx.config), slopes(ctx.config.spline_order)
-    padded = F.pad(w, (near.margin, near.margin))  # (r, P)
-    if ctx.config.spline == "summed":
-        totals = near.values(padded.shape[1])  # (P, N)
-        grad_w = core.scaled_product(padded, ctx.scale, grad, totals.t())  # (r, P)
-        through = near.collect(padded.t() @ grad, steep)  # (r, N)
-    else:
-        grad_w = near.spread(grad.reshape(-1), padded.numel()).view_as(padded) * ctx.scale
-        through = near.collect(padded, steep) * grad
-    return through, grad_w[:, near.margin : -near.margin]
+    if one_by_one(ctx.config):
+        of_z, of_w = Curves(z, ctx.grid, ctx.config).gradients(grad, w)
+        return of_z, of_w * ctx.scale
+    bumps = Bumps(z, ctx.grid, ctx.config)
+    totals = bumps.totals() if totals is None else totals
+    return bumps.slopes(w.t() @ grad), core.scaled_product(w, ctx.scale, grad, totals.t())
+
+
+def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`total + a b`, in place, but for `torch.func` and `vmap`, which have no rule for that."""
+    return (torch.addcmul if is_transformed() else Tensor.addcmul_)(total, a, b)
+
+
+def is_transformed() -> bool:
+    """Whether this runs under `torch.func` or `vmap`."""
+    return torch._C._are_functorch_transforms_active()
 
 
 class Near:
-    """The k + 1 bumps that are not zero at points z (r, N): their values, slopes and places.
+    """Where points z (r, N) lie on the grid, with a margin of k + 1 cells on either side.
 
-    With a margin of zeros, spline weights (r, n) become (r, P), and every point lies on a cell
-    with k + 1 bumps, those beyond the support on its edge. Places are in the flattened (P, N) if
-    the splines are summed over channels, else in the flattened (r, P).
+    There all is zero on the first and the last cell. `places` are in flattened tables (any, step)
+    with a row for every bump or cell, `own` the column of a point; u, from 0 to 1, is the place on
+    its cell. Both are (rN,).
     """
 
-    def __init__(self, z: Tensor, c: AuroraConfig) -> None:
-        (r, N), k = z.shape, c.spline_order
-        self.shape, self.margin, last = z.shape, k + 1, c.grid_size + 2 * k + 1
+    def __init__(self, z: Tensor, grid: Grid, c: AuroraConfig, own: Tensor) -> None:
+        self.shape, self.order, self.pieces = z.shape, c.spline_order, grid.pieces
+        self.step, self.margin = own.numel(), c.spline_order + 1
+        self.cells = c.grid_size + 2 * self.margin
         # In place where nothing needs what was there: fresh memory is what takes the time here.
         x = z * c.cells_per_unit
         x = x.add_(self.margin - c.grid_range[0] * c.cells_per_unit)  # in cells
-        x = x.clamp(0, last)  # on the first and the last cell all is zero
-        u = x.frac()  # the place on the cell
-        cell = x.detach().sub_(u.detach()).nan_to_num_(0.0)  # any cell will do for NaN; u stays NaN
-        if c.spline == "summed":  # a product of whole floats, exact below 2^24, is the faster one
-            places = cell.mul_(N).long().add_(torch.arange(N, device=z.device))
-        else:  # P = last + k + 1
-            first = (last + k + 1) * torch.arange(r, device=z.device).unsqueeze(1)
-            places = cell.long().add_(first)
-        self.places = places.view(-1)  # (rN,), of the first bump
-        self.step = N if c.spline == "summed" else 1  # to the next one
-        self.powers = [u.view(-1)]
-        for _ in range(k - 1):
-            self.powers.append(self.powers[-1] * self.powers[0])
+        x = F.hardtanh_(x, 0, self.cells - 1)
+        u = x.frac()
+        cell = x.detach().nan_to_num_(self.margin).long()  # any cell will do for NaN; u stays NaN
+        self.places, self.u = torch.add(own, cell, alpha=self.step).view(-1), u.view(-1)
+
+    @functools.cached_property
+    def powers(self) -> list[Tensor]:
+        """u, u^2, ..., u^k."""
+        return list(itertools.accumulate([self.u] * self.order, torch.mul))
+
+    def slopes(self, table: Tensor) -> Tensor:
+        """(r, N): the slopes over k of splines with weights (n, step), by column."""
+        powers = torch.arange(1, self.margin, dtype=table.dtype, device=table.device)
+        return self.horner(self.coefficients(table)[1:] * (powers / self.order).unsqueeze(1))
+
+    def coefficients(self, table: Tensor) -> Tensor:
+        """Splines with weights (n, step) on every cell: those of 1, u, ..., u^k, (k + 1, any)."""
+        padded = F.pad(table, (0, 0, self.margin, self.margin))
+        near = torch.stack([padded[i : i + self.cells] for i in range(self.margin)])
+        return self.pieces.t() @ near.view(self.margin, -1)
+
+    def horner(self, coefficients: Tensor) -> Tensor:
+        """(r, N): the polynomials of such coefficients, the highest last."""
+        *lower, highest = coefficients.unbind()
+        total = highest.index_select(0, self.places)
+        for row in reversed(lower):
+            total = plus_product(row.index_select(0, self.places), total, self.u)
+        return total.view(self.shape)
+
+
+class Bumps(Near):
+    """Splines that are summed over the channels: tables have a column for every point's token."""
+
+    def __init__(self, z: Tensor, grid: Grid, c: AuroraConfig) -> None:
+        super().__init__(z, grid, c, torch.arange(z.shape[1], device=z.device))
+
+    def totals(self) -> Tensor:
+        """(n, N): every bump at every point, summed over the channels."""
+        table = self.u.new_zeros(self.cells + self.order, self.step)
+        for i, piece in enumerate(pieces(self.order)):
+            # In place, as this table is large. Under two `vmap`s torch 2.6 is slow, and warns.
+            table[i:].view(-1).scatter_add_(0, self.places, self.polynomial(piece))
+        return table[self.margin : -self.margin]
+
+    def slopes(self, table: Tensor) -> Tensor:
+        """As above. For few channels from the bumps: most cells hold none of a token's points."""
+        if self.shape[0] > self.cells:
+            return super().slopes(table)
+        padded, total = F.pad(table, (0, 0, self.margin, self.margin)), torch.empty(0)
+        for i, piece in enumerate(slopes(self.order)):
+            found = padded[i:].view(-1).index_select(0, self.places)
+            value = self.polynomial(piece)
+            total = plus_product(total, found, value) if i else found * value
+        return total.view(self.shape)
 
     def polynomial(self, coefficients: Sequence[float]) -> Tensor:
         """Of u, (rN,), for the coefficients of 1, u, u^2, ..."""
@@ -156,50 +224,57 @@ class Near:
                 total.add_(power, alpha=c)
         return total.add_(constant) if constant else total
 
-    def values(self, columns: int) -> Tensor:
-        """(columns, N): every bump at every point, summed over the channels."""
-        total = self.powers[0].new_zeros(columns * self.step)
-        for i, piece in enumerate(pieces(self.margin - 1)):
-            # In place, as this table is large. Under two `vmap`s torch 2.6 is slow, and warns.
-            total[i * self.step :].scatter_add_(0, self.places, self.polynomial(piece))
-        return total.view(columns, self.step)
 
-    def spread(self, factor: Tensor, size: int) -> Tensor:
-        """Zeros (size,), plus at every place the value of the bump times a factor (rN,)."""
-        total = factor.new_zeros(size)
-        for i, piece in enumerate(pieces(self.margin - 1)):
-            value = self.polynomial(piece) * factor
-            # Not in place: `vmap` refuses that where only the points have its dimension.
-            ahead = total[i:].scatter_add(0, self.places, value)
-            total = torch.cat([total[:i], ahead])
+class Curves(Near):
+    """Splines that are looked up one by one, spline j at z_j, or, summed, at every z_i.
+
+    Tables have a column for each look-up, r or r^2.
+    """
+
+    def __init__(self, z: Tensor, grid: Grid, c: AuroraConfig) -> None:
+        self.times = len(z) if c.spline == "summed" else 1
+        each = z if self.times == 1 else z.repeat(self.times, 1)
+        super().__init__(each, grid, c, torch.arange(len(each), device=z.device).unsqueeze(1))
+
+    def values(self, w: Tensor) -> Tensor:
+        """(r, N): the splines of weights w (r, n)."""
+        curves = self.horner(self.coefficients(self.repeated(w).t()))
+        return curves if self.times == 1 else curves.view(len(w), self.times, -1).sum(1)
+
+    def gradients(self, grad: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of z, over k, and of w from that of the splines (r, N)."""
+        each = self.repeated(grad)
+        of_z, of_w = self.slopes(self.repeated(w).t()) * each, self.spread(each).t()
+        if self.times == 1:
+            return of_z, of_w
+        return of_z.view(self.times, *grad.shape).sum(0), of_w.reshape(len(w), self.times, -1).sum(
+            1
+        )
+
+    def repeated(self, rows: Tensor) -> Tensor:
+        """A row for each look-up from one for each spline."""
+        return rows if self.times == 1 else rows.repeat_interleave(self.times, 0)
+
+    def spread(self, factor: Tensor) -> Tensor:
+        """(n, r): every bump's sum over a channel's points, times a factor (r, N)."""
+        powers = [factor.reshape(-1)]
+        for _ in range(self.order):
+            powers.append(powers[-1] * self.u)
+        # In place, but for `vmap`, which has no rule for that on torch 2.6.
+        add = torch.scatter_add if is_transformed() else Tensor.scatter_add_
+        rows = [p.new_zeros(self.cells * self.step) for p in powers]
+        sums = torch.stack([add(r, 0, self.places, p) for r, p in zip(rows, powers, strict=True)])
+        each = (self.pieces @ sums).view(self.margin, self.cells, self.step)  # on every cell
+        total = each[0, self.margin : -1]
+        for i in range(1, self.margin):  # bump i is on cell m - i that of weight m
+            total = total + each[i, self.margin - i : -1 - i]
         return total
-
-    def collect(self, table: Tensor, pieces: Sequence[Sequence[float]]) -> Tensor:
-        """(r, N): the numbers of a table at the places, times values or slopes, added up."""
-        flat, total = table.reshape(-1), torch.empty(0)
-        for i, piece in enumerate(pieces):
-            found = flat[i * self.step :].index_select(0, self.places)
-            value = self.polynomial(piece)
-            total = torch.addcmul(total, found, value) if i else found * value
-        return total.view(self.shape)
-
-
-@functools.cache
-def pieces(k: int) -> tuple[tuple[float, ...], ...]:
-    """The bump of order k from its last cell to its first: coefficients of 1, u, ..., u^k."""
-
-    def coefficient(cell: int, p: int) -> float:  # k! bump = sum_i (-1)^i binom(k + 1, i) (x - i)^k
-        terms = ((-1) ** i * math.comb(k + 1, i) * (cell - i) ** (k - p) for i in range(cell + 1))
-        return math.comb(k, p) * int(sum(terms)) / math.factorial(k)
-
-    cells = reversed(range(k + 1))
-    return tuple(tuple(coefficient(cell, p) for p in range(k + 1)) for cell in cells)
 
 
 @functools.cache
 def slopes(k: int) -> tuple[tuple[float, ...], ...]:
-    """The derivatives of `pieces` over k: coefficients of 1, u, ..., u^(k - 1)."""
+    """The derivatives of `core.pieces` over k: coefficients of 1, u, ..., u^(k - 1)."""
     return tuple(tuple(p * c / k for p, c in enumerate(piece))[1:] for piece in pieces(k))
 
 
-core.ANL.evaluate = staticmethod(evaluate)
+core.ANL.evaluate = staticmethod(evaluate)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aurora import _kernels
+from aurora import _kernels, core
 from aurora._certificate import Layer, frobenius, norm, product, times
 
 # --- Arithmetic ---------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Rounding:
         terms = [(math.comb(k + 1, i), (k + 1) / 2 - i) for i in range(k // 2 + 1)]
         value = sum(b * t**k for b, t in terms) / math.factorial(k)
         slope = sum(b * t ** (k - 1) for b, t in terms) / math.factorial(k - 1)
-        value = max(value, *(sum(map(abs, piece)) for piece in _kernels.pieces(k)))
+        value = max(value, *(sum(map(abs, piece)) for piece in core.pieces(k)))
         slope = max(slope, *(k * sum(map(abs, piece)) for piece in _kernels.slopes(k)))
         return value + distance, slope + 2 * distance
 

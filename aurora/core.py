@@ -210,12 +210,13 @@ def _configure(rank: int | AuroraConfig, options: Mapping[str, Any]) -> AuroraCo
 
 
 class Grid(NamedTuple):
-    """The constants of a grid: bump centres in cells, c - i, the binomials over k!, and 1."""
+    """The constants of a grid: bump centres in cells, c - i, the binomials over k!, pieces, 1."""
 
     centers: Tensor  # (n, 1, 1, 1)
     reach: Tensor  # (I, 1, 1)
     binomials: Tensor  # (I, 1, 1)
     repeated: Tensor  # (I r,), each binomial once for every channel
+    pieces: Tensor  # (k + 1, k + 1), for aurora/_kernels.py
     one: Tensor  # ()
 
     @classmethod
@@ -228,32 +229,59 @@ class Grid(NamedTuple):
         binomials = make([(-1) ** i * math.comb(k + 1, i) / math.factorial(k) for i in terms])
         reach = make([(k + 1) / 2 - i for i in terms])
         binomials, reach = binomials.view(-1, 1, 1), reach.view(-1, 1, 1)
-        repeated = binomials.flatten().repeat_interleave(c.rank)
-        return cls(centers.view(-1, 1, 1, 1), reach, binomials, repeated, make(1.0))
+        repeated, centers = binomials.flatten().repeat_interleave(c.rank), centers.view(-1, 1, 1, 1)
+        return cls(centers, reach, binomials, repeated, make(pieces(k)), make(1.0))
+
+
+@functools.cache
+def pieces(k: int) -> tuple[tuple[float, ...], ...]:
+    """The bump of order k from its last cell to its first: coefficients of 1, u, ..., u^k."""
+
+    def coefficient(cell: int, p: int) -> float:  # k! bump = sum_i (-1)^i binom(k + 1, i) (x - i)^k
+        terms = ((-1) ** i * math.comb(k + 1, i) * (cell - i) ** (k - p) for i in range(cell + 1))
+        return math.comb(k, p) * int(sum(terms)) / math.factorial(k)
+
+    cells = reversed(range(k + 1))
+    return tuple(tuple(coefficient(cell, p) for p in range(k + 1)) for cell in cells)
 
 
 def sigma(
-    z: Tensor, H: Tensor | None, w: Tensor | None, grid: Grid, config: AuroraConfig, scale: float
+    z: Tensor,
+    H: Tensor | None,
+    w: Tensor | None,
+    grid: Grid,
+    config: AuroraConfig,
+    scale: float,
+    totals: Tensor | None = None,
 ) -> Tensor:
     """`scale * sigma(z)` for z (r, N) -> (r, N): the definition of the adaptive nonlinear layer.
 
     H (r, r) and w, the spline weights (r, n), are None where the configuration leaves them out.
-    All tensors have one dtype, float32 or float64.
+    All tensors have one dtype, float32 or float64. `totals` may be given where they are known.
     """
     activation = _ACTIVATIONS[config.activation]
     out = torch.zeros_like(z) if H is None else activation(H.mm(activation(z)))  # (r, N)
     if w is None:
         return scale * out
-    distance = torch.sub(grid.centers, z, alpha=config.cells_per_unit).abs_()  # (n, 1, r, N)
-    t, k = (grid.reach - distance).relu_(), config.spline_order  # (n, I, r, N)
-    terms = t * t * t if k == 3 else t**k  # 2% of a layer's time for one token
-    terms.mul_(grid.binomials)
     if config.spline == "summed":  # every spline reads all channels: add up their bumps first
-        totals = terms.sum((1, 2))  # (n, N)
+        totals = bump_totals(z, grid, config) if totals is None else totals
         return torch.addmm(out, w, totals, beta=scale, alpha=scale)
-    bumps = terms.sum(1).transpose(0, 1)  # (r, n, N): one product a channel
+    bumps = _terms(z, grid, config).sum(1).transpose(0, 1)  # (r, n, N): one product a channel
     out = torch.baddbmm(out.unsqueeze(1), w.unsqueeze(1), bumps, beta=scale, alpha=scale)
     return out.squeeze(1)  # from (r, 1, N)
+
+
+def bump_totals(z: Tensor, grid: Grid, config: AuroraConfig) -> Tensor:
+    """Every bump's sum over the channels of z (r, N) -> (n, N)."""
+    return _terms(z, grid, config).sum((1, 2))
+
+
+def _terms(z: Tensor, grid: Grid, config: AuroraConfig) -> Tensor:
+    """(n, I, r, N), which add up to the bumps over I."""
+    distance = torch.sub(grid.centers, z, alpha=config.cells_per_unit).abs_()  # (n, 1, r, N)
+    t, k = (grid.reach - distance).relu_(), config.spline_order  # (n, I, r, N)
+    # In place, as fresh memory costs more than the arithmetic.
+    return ((t * t).mul_(t) if k == 3 else t**k).mul_(grid.binomials)
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -600,8 +628,12 @@ def add_adapter(
 def narrow_product(A: Tensor, x: Tensor) -> Tensor:
     """`A x` for A (r, in_features) and x (N, in_features) -> (r, N)."""
     # Few columns take up to five times less time than few rows, but read x for every three anew.
-    few = len(A) <= (12 if torch.compiler.is_compiling() or x.numel() <= 2**19 else 6)
-    return torch.mm(A, x.t()) if few else F.linear(x, A).t()
+    r, numbers = A.shape[0], x.numel()  # len takes three times as long
+    if torch.compiler.is_compiling():
+        columns = r <= 12
+    else:
+        columns = numbers <= 2**18 or r >= 64 or r <= (12 if numbers <= 2**19 else 6)
+    return torch.mm(A, x.t()) if columns else F.linear(x, A).t()
 
 
 @functools.cache
@@ -1222,10 +1254,11 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Way(NamedTuple):
-    """A way to compute sigma, as `sigma` does, and its gradients, as `sigma_backward` does."""
+    """A way to compute what `sigma`, `sigma_backward` and `bump_totals` do."""
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor | None, ...]]
+    totals: Callable[..., Tensor]
 
 
 class _Sigma(torch.autograd.Function):
@@ -1261,14 +1294,23 @@ class _Sigma(torch.autograd.Function):
 
 
 def sigma_backward(
-    ctx: Any, grad: Tensor, z: Tensor, H: Tensor | None, w: Tensor | None, spline: Any = None
+    ctx: Any,
+    grad: Tensor,
+    z: Tensor,
+    H: Tensor | None,
+    w: Tensor | None,
+    totals: Tensor | None = None,
+    spline: Any = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of z (r, N), H (r, r) and the spline weights w (r, n), with the splines' part."""
+    """Gradients of z (r, N), H (r, r) and the spline weights w (r, n).
+
+    `totals` may be given where they are known; `spline` computes the splines' part.
+    """
     grad_z = grad_H = grad_w = None
     if H is not None:
         grad_z, grad_H = _fixed_backward(ctx, grad, z, H)
     if w is not None:
-        through, grad_w = (spline or _spline_backward)(ctx, grad, z, w)
+        through, grad_w = (spline or _spline_backward)(ctx, grad, z, w, totals)
         grad_z = torch.zeros_like(z) if grad_z is None else grad_z
         slope = ctx.config.spline_order * ctx.config.cells_per_unit * ctx.scale
         grad_z = torch.add(grad_z, through, alpha=slope)
@@ -1290,28 +1332,32 @@ def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tenso
     return grad_z, scaled_product(H, ctx.scale, outer, inner.t())
 
 
-def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def _spline_backward(
+    ctx: Any, grad: Tensor, z: Tensor, w: Tensor, totals: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Gradients of z, up to k s / h, and of the spline weights, from all bumps."""
     grid, k, ((r, N), n) = ctx.grid, ctx.config.spline_order, (z.shape, w.shape[1])
     d = torch.sub(grid.centers, z, alpha=ctx.config.cells_per_unit)  # (n, 1, r, N)
     # Not sgn, whose 0 would wipe out second derivatives; at a corner of order 1, the mean slope.
     sign = d.sgn() if k == 1 else grid.one.copysign(d)
     edge = torch.addcmul(grid.reach, sign, d, value=-1)  # (n, I, r, N)
-    t = F.relu(edge)
+    t = F.relu(edge) if k == 1 else edge.relu_()
     power = (edge.sign() + 1) / 2 if k == 1 else t ** (k - 1)
     binomials = grid.binomials.view(1, 1, -1).expand(n, 1, -1)  # (n, 1, I)
-    slopes = torch.bmm(binomials, power.flatten(2)).view(n, r, N) * sign.squeeze(1)
+    slopes = torch.bmm(binomials, power.flatten(2)).view(n, r, N).mul_(sign.squeeze(1))
+    multiply = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # t is no longer needed
     if ctx.config.spline == "summed":
-        each = grid.repeated.expand(n, 1, -1)  # (n, 1, I r)
-        totals = torch.bmm(each, (power * t).flatten(1, 2)).squeeze(1)  # (n, N)
+        if totals is None:
+            each = grid.repeated.expand(n, 1, -1)  # (n, 1, I r)
+            totals = torch.bmm(each, multiply(t, power).flatten(1, 2)).squeeze(1)  # (n, N)
         grad_w = scaled_product(w, ctx.scale, grad, totals.t())
         return (slopes * (w.t() @ grad).unsqueeze(1)).sum(0), grad_w
-    bumps = torch.bmm(binomials, (power * t).flatten(2)).view(n, r, N)
+    bumps = torch.bmm(binomials, multiply(t, power).flatten(2)).view(n, r, N)
     grad_w = torch.bmm(grad.unsqueeze(1), bumps.permute(1, 2, 0)).squeeze(1) * ctx.scale
     return torch.bmm(w.unsqueeze(1), slopes.transpose(0, 1)).squeeze(1) * grad, grad_w
 
 
-ALL_BUMPS = Way(sigma, sigma_backward)
+ALL_BUMPS = Way(sigma, sigma_backward, bump_totals)
 
 
 def sigma_with_less_memory(*inputs: Any) -> Tensor:

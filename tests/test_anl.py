@@ -21,6 +21,7 @@ VARIANTS = {
     "without spline": {"learnable": False},
     "sigmoid": {"activation": "sigmoid"},
     "leaky": {"activation": "leaky_relu", "spline": "per-channel"},
+    "fine grid": {"grid_size": 61},  # where summed splines are looked up one by one
 }
 GRIDS = [
     (1, (-1.0, 1.0)),
@@ -134,7 +135,7 @@ ON_KNOTS = {"knots": True, "between": False}
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("where", ON_KNOTS)
 def test_derivatives(way, variant, order, where):
-    anl = make(spline_order=order, grid_size=4, **VARIANTS[variant])
+    anl = make(**{"spline_order": order, "grid_size": 4} | VARIANTS[variant])
     z = torch.tensor(
         [[0.1, -0.7, 1.3], [-1.9, 0.31, 2.9], [0.77, -0.13, 0.59]], dtype=torch.float64
     )
@@ -192,6 +193,20 @@ def test_hand_written_backward_equals_autograd_of_the_definition(way, variant):
     ours = torch.autograd.grad(anl(z, 0.3), inputs, upstream)
     for a, b in zip(ours, torch.autograd.grad(plain(anl, z, 0.3), inputs, upstream), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_more_channels_than_cells(way):
+    """Then summed splines, too, have a polynomial for every cell in the backward."""
+    anl, z = make(rank=8, grid_size=1, spline_order=2), torch.randn(3, 8, dtype=torch.float64)
+    z.requires_grad_()
+    assert gradcheck(anl, (z,), check_forward_ad=True, check_batched_grad=True)
+    inputs = [z, *anl.parameters()]
+    ours = torch.autograd.grad(anl(z).square().sum(), inputs, create_graph=True)
+    wanted = torch.autograd.grad(plain(anl, z).square().sum(), inputs, create_graph=True)
+    torch.testing.assert_close(ours, wanted, rtol=1e-11, atol=1e-12)
+    ours = torch.autograd.grad(sum(g.sin().sum() for g in ours), inputs)
+    wanted = torch.autograd.grad(sum(g.sin().sum() for g in wanted), inputs)
+    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,13 +9,14 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from aurora import AuroraLinear, _layer
+from aurora import AuroraLinear, _kernels, _layer
 from benchmarks.lab import steps
 
 VARIANTS = {
     "default": {},
     "per-channel": {"spline": "per-channel"},
     "rank 20": {"rank": 20},
+    "few weights": {"rank": 4, "grid_size": 1},
     "without F": {"fixed": False},
     "without L": {"learnable": False},
     "between fixed projections": {"projections": "fixed", "init": "zero"},
@@ -142,8 +143,11 @@ def test_a_wrong_gradient_would_be_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n != "order 1"])
-def test_first_and_second_derivatives_are_right(name):
-    layer = make(torch.float64, **VARIANTS[name] | {"rank": 2}).double()
+def test_first_and_second_derivatives_are_right(monkeypatch, name):
+    if name == "few weights":  # as of many points, whose backward gets the totals of the bumps
+        monkeypatch.setattr(_kernels, "FEW", 0)
+    rank = min(VARIANTS[name].get("rank", 2), 4)
+    layer = make(torch.float64, **VARIANTS[name] | {"rank": rank}).double()
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     parameters = list(trained(layer).values())
     assert is_at_once(layer(x))
@@ -152,8 +156,11 @@ def test_first_and_second_derivatives_are_right(name):
     assert torch.autograd.gradgradcheck(run, (x, *parameters), check_batched_grad=True)
 
 
-def test_forward_mode():
-    layer = make(torch.float64).double()
+@pytest.mark.parametrize("name", ["default", "few weights"])
+def test_forward_mode(monkeypatch, name):
+    if name == "few weights":
+        monkeypatch.setattr(_kernels, "FEW", 0)
+    layer = make(torch.float64, **VARIANTS[name]).double()
     x, along = torch.randn(2, 3, 12, dtype=torch.float64)
     with forward_ad.dual_level():
         out = layer(forward_ad.make_dual(x, along))
@@ -300,3 +307,20 @@ def test_between_fixed_projections_neither_input_nor_hidden_vector_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
     assert [t.shape for t in kept if 50 in t.shape] == [(3, 50)]  # z, and neither x nor s sigma(z)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "hidden"),
+    [(torch.float32, 8, 8), (torch.float32, 7, 7), (torch.bfloat16, 16, 8), (torch.bfloat16, 9, 9)],
+)
+def test_many_points_keep_the_totals_of_the_bumps_where_they_take_no_more(
+    monkeypatch, dtype, rank, hidden
+):
+    """In place of s sigma(z), which is as wide as z, in the dtype of x. There are 8 bumps."""
+    monkeypatch.setattr(_kernels, "FEW", 0)
+    layer, x, kept = make(dtype, rank=rank), torch.randn(50, 12, dtype=dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    rows = [len(t) for t in kept if t.shape[-1] == 50]
+    assert sorted(rows) == sorted([rank, hidden])
+    assert sum(t.nbytes for t in kept if t.shape[-1] == 50) <= 50 * rank * (4 + dtype.itemsize)
