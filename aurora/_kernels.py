@@ -62,25 +62,24 @@ def one_by_one(c: AuroraConfig) -> bool:
 
 def many(z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
     """`core.sigma` in blocks, from the bumps that are not zero."""
-    # The mean slope of order 1 at a knot takes a bump more than are not zero there.
     sigma = core.sigma if c.spline_order == 1 else _sigma
     return torch.cat([sigma(block, H, w, grid, c, scale) for block in in_blocks(c, z)[0]], 1)
 
 
 def many_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
-    """`core.bump_totals` in blocks, from the bumps that are not zero."""
-    totals = core.bump_totals if c.spline_order == 1 else _totals
-    return torch.cat([totals(block, grid, c) for block in in_blocks(c, z)[0]], 1)
+    """Every bump's sum over the channels of z (r, N) -> (n, N), for an order above 1."""
+    return torch.cat([Bumps(block, grid, c).totals() for block in in_blocks(c, z)[0]], 1)
 
 
 def many_backward(
     ctx: Any, grad: Tensor, z: Tensor, H: Any, w: Tensor, totals: Any = None
 ) -> tuple[Tensor | None, ...]:
-    """`core.sigma_backward` in blocks, from the bumps that are not zero."""
-    spline = None if ctx.config.spline_order == 1 else _spline_backward
-    of_z, others = [], None
+    """`core.sigma_backward` in blocks, from the bumps that are not zero, or their totals."""
+    of_z, others, first_order = [], None, ctx.config.spline_order == 1
     for g, block, known in zip(*in_blocks(ctx.config, grad, z, totals), strict=True):
-        grad_z, *rest = core.sigma_backward(ctx, g, block, H, w, known, spline)
+        spline = functools.partial(_spline_backward, totals=known)
+        # The mean slope of order 1 at a knot takes a bump more than are not zero there.
+        grad_z, *rest = core.sigma_backward(ctx, g, block, H, w, None if first_order else spline)
         of_z.append(grad_z)
         others = (
             rest if others is None else [_plus(a, b) for a, b in zip(others, rest, strict=True)]
@@ -105,22 +104,28 @@ def in_blocks(c: AuroraConfig, first: Tensor, *others: Tensor | None) -> list[Se
     return [blocks, *rest]
 
 
-NEAR_BUMPS = core.Way(many, many_backward, many_totals)
+NEAR_BUMPS = core.Way(many, many_backward)
 
 
 # --- One block ------------------------------------------------------------------------------------
 
 
 def _sigma(z: Tensor, H: Any, w: Tensor, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
+    if not one_by_one(c):
+        return from_totals(Bumps(z, grid, c).totals(), z, H, w, c, scale)
+    return (_fixed(z, H, c) + Curves(z, grid, c).values(w)).mul_(scale)
+
+
+def from_totals(
+    totals: Tensor, z: Tensor, H: Any, w: Tensor, c: AuroraConfig, scale: float
+) -> Tensor:
+    """`core.sigma` of summed splines, of z (r, N) whose bumps have these totals (n, N)."""
+    return torch.addmm(_fixed(z, H, c), w, totals, beta=scale, alpha=scale)
+
+
+def _fixed(z: Tensor, H: Any, c: AuroraConfig) -> Tensor:
     activation = core._ACTIVATIONS[c.activation]
-    out = torch.zeros_like(z) if H is None else activation(H @ activation(z))  # (r, N)
-    if one_by_one(c):
-        return (out + Curves(z, grid, c).values(w)).mul_(scale)
-    return torch.addmm(out, w, _totals(z, grid, c), beta=scale, alpha=scale)
-
-
-def _totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
-    return Bumps(z, grid, c).totals()
+    return torch.zeros_like(z) if H is None else activation(H @ activation(z))
 
 
 def _spline_backward(
@@ -277,4 +282,4 @@ def slopes(k: int) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(p * c / k for p, c in enumerate(piece))[1:] for piece in pieces(k))
 
 
-core.ANL.evaluate = staticmethod(evaluate)  # type: ignore[arg-type]
+core.ANL.evaluate = staticmethod(evaluate)

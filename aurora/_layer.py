@@ -8,8 +8,7 @@ product has the layout that is fastest, and one token waits for fewer calls. Sha
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -40,39 +39,44 @@ def at_once(
     None where that would not be what the two do one by one. The questions are quick, as they are a
     tenth of what an adapter costs for one token.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or _kernels.is_transformed():
-        return None  # they see the operations better one by one, or have no rule for one in place
-    c, grid = anl.config, anl.grid
+    if torch.compiler.is_compiling() or _C._get_tracing_state():
+        return None  # they see the operations better one by one
+    c, grid, inner = anl.config, anl.grid, anl._parameters
     W: Any = base._parameters.get("weight")
     b: Any = base._parameters.get("bias", False)  # None: it has none; False: it is computed
-    H: Any = anl._parameters.get("H", False) if c.fixed else None
-    w: Any = anl._parameters.get("spline_weight", False) if c.learnable else None
+    H: Any = inner.get("H", False) if c.fixed else None
+    w: Any = inner.get("spline_weight", False) if c.learnable else None
     # None may be sharded, quantised or computed.
     if not (type(W) is type(A) is type(B) is nn.Parameter):
         return None
     if not (type(b) in _OR_NONE and type(H) in _OR_NONE and type(w) in _OR_NONE):
         return None
     learns = torch.is_grad_enabled()
-    autocast = torch._C._is_any_autocast_enabled() and core.autocast_is_on(x.device)
-    differs = c.mode == "static" or (c.dropout and training) or is_watched(anl)
-    if differs or (learns and (W.requires_grad or (b is not None and b.requires_grad))):
+    if learns and (W.requires_grad or (b is not None and b.requires_grad)):
         return None
+    if c.mode == "static" or (c.dropout and training) or is_watched(anl):
+        return None
+    if _C._are_functorch_transforms_active():  # they have no rule for a product in place
+        return None
+    autocast = _C._is_any_autocast_enabled() and core.autocast_is_on(x.device)
     if autocast and x.is_floating_point() and torch.float64 not in (x.dtype, W.dtype):
         x = as_dtype(x, torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != W.dtype:
+    elif x.dtype is not W.dtype:
         return None
-    if x.device != grid.one.device or (x.dtype == torch.float64 and grid.one.dtype != x.dtype):
+    if x.device != grid.one.device or (x.dtype is torch.float64 is not grid.one.dtype):
         return None
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    shape = x.shape
+    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     way = _kernels.best_way(rows.shape[0] * c.rank, c)
     run: Any = _AtOnce.apply if learns else _forward
-    with core.full_precision(x) if autocast else _NOTHING:  # the products have its dtype already
-        out: Tensor = run(rows, A, B, H, w, W, b, grid, c, way)[0]
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], W.shape[0])
+    if autocast:
+        run = _in_full_precision(run)  # the products have autocast's dtype already
+    out: Tensor = run(rows, A, B, H, w, W, b, grid, c, way)[0]
+    return out if len(shape) == 2 else out.view(*shape[:-1], W.shape[0])
 
 
+_C = torch._C
 _OR_NONE = (nn.Parameter, type(None))
-_NOTHING = contextlib.nullcontext()
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -82,50 +86,48 @@ def is_watched(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in module.__dict__
 
 
+def _in_full_precision(run: Callable[..., Any]) -> Callable[..., Any]:
+    def inner(x: Tensor, *others: Any) -> Any:
+        with core.full_precision(x):
+            return run(x, *others)
+
+    return inner
+
+
+# fmt: off
 def _forward(
-    x: Tensor,
-    A: Any,
-    B: Any,
-    H: Any,
-    w: Any,
-    W: Any,
-    b: Any,
-    grid: Any,
-    c: Any,
-    way: core.Way,
-    with_totals: bool = False,
+    x: Tensor, A: Any, B: Any, H: Any, w: Any, W: Any, b: Any, grid: Any, c: Any, way: core.Way,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    # fmt: on
     """x (N, in_features) -> the output (N, out_features), z = A x and s sigma(z), both (r, N).
 
-    And the totals of the bumps (n, N), if they are wanted.
+    And the totals of the bumps (n, N), if they are to be kept.
     """
-    dtype, wide = x.dtype, grid.one.dtype
-    out = F.linear(x, as_dtype(W, dtype), as_dtype(b, dtype))
-    z = as_dtype(narrow_product(as_dtype(A, dtype), x), wide).contiguous()
-    totals = way.totals(z, grid, c) if with_totals else None
-    y = as_dtype(_sigma(z, as_dtype(H, wide), as_dtype(w, wide), grid, c, way, totals), dtype)
-    return out.addmm_(y.t(), as_dtype(B, dtype).t()), z, y, totals
+    dtype, wide, totals = x.dtype, grid.one.dtype, None
+    same = dtype is wide is W.dtype is A.dtype is B.dtype
+    if not (same and (H is None or H.dtype is wide) and (w is None or w.dtype is wide)):
+        W, b, A, B = (as_dtype(t, dtype) for t in (W, b, A, B))
+        H, w = as_dtype(H, wide), as_dtype(w, wide)
+    out = F.linear(x, W, b)
+    z = as_dtype(narrow_product(A, x), wide).contiguous()
+    if keep:
+        totals = _kernels.many_totals(z, grid, c)
+        y = _kernels.from_totals(totals, z, H, w, c, c.scaling)
+    else:
+        y = way.forward(z, H, w, grid, c, c.scaling)
+    y = as_dtype(y, dtype)
+    return out.addmm_(y.t(), B.t()), z, y, totals
 
 
-def _sigma(
-    z: Tensor, H: Any, w: Any, grid: Any, c: core.AuroraConfig, way: core.Way, totals: Any
-) -> Tensor:
-    """`s sigma(z)` (r, N), quickly where the totals of the bumps are known."""
-    if totals is None:
-        return way.forward(z, H, w, grid, c, c.scaling)
-    return core.sigma(z, H, w, grid, c, c.scaling, totals)
-
-
-def _keeps_totals(inputs: Sequence[Any], needs_y: bool) -> bool:
+def _keeps_totals(inputs: Sequence[Any]) -> bool:
     """Whether the backward gets the totals of the bumps (n, N) in place of s sigma(z) (r, N).
 
-    With them s sigma(z) takes a few operations more, without them every spline anew. For few points
-    the operations count.
+    With them s sigma(z) takes a few operations more, without them every spline anew.
     """
     x, *_, grid, c, way = inputs
     smaller = (c.grid_size + c.spline_order) * grid.one.itemsize <= c.rank * x.itemsize
-    pays = way is _kernels.NEAR_BUMPS or not needs_y
-    return c.learnable and c.spline == "summed" and smaller and pays
+    return way is _kernels.NEAR_BUMPS and c.spline_order > 1 and c.spline == "summed" and smaller
 
 
 class _AtOnce(torch.autograd.Function):
@@ -139,7 +141,7 @@ class _AtOnce(torch.autograd.Function):
         x, A, B, H, w, W, b, grid, c, way = inputs
         ctx.grid, ctx.config, ctx.way, ctx.scale, ctx.dtype = grid, c, way, c.scaling, x.dtype
         of_x, of_A, of_B, *_ = ctx.needs_input_grad
-        keep = _keeps_totals(inputs, of_B)
+        keep = _keeps_totals(inputs)
         out, z, y, totals = _forward(x, A, B, H, w, W, b, grid, c, way, keep)
         kept = (x if of_A else None, A if of_x else None, y if of_B and totals is None else None)
         ctx.save_for_backward(*kept, B, H, w, W, z, totals)
@@ -183,7 +185,8 @@ def _gradients(
     through = narrow_product(as_dtype(B, dtype).t().contiguous(), grad)  # (r, N)
     through = as_dtype(through if of_y is None else through + of_y, z.dtype)
     H, w = as_dtype(H, z.dtype), as_dtype(w, z.dtype)
-    grad_z, grad_H, grad_w = ctx.way.backward(ctx, through, z, H, w, totals)
+    known = () if totals is None else (totals,)
+    grad_z, grad_H, grad_w = ctx.way.backward(ctx, through, z, H, w, *known)
     grad_z = as_dtype(grad_z if of_z is None else grad_z + of_z, dtype)
     grad_x = grad_A = grad_B = None
     if needed[0]:
@@ -193,8 +196,10 @@ def _gradients(
     if needed[1]:
         grad_A = grad_z @ x
     if needed[2]:
-        if y is None:
-            y = as_dtype(_sigma(z, H, w, ctx.grid, ctx.config, ctx.way, totals), dtype)
+        if y is None and totals is None:
+            y = as_dtype(ctx.way.forward(z, H, w, ctx.grid, ctx.config, ctx.scale), dtype)
+        elif y is None:
+            y = as_dtype(_kernels.from_totals(totals, z, H, w, ctx.config, ctx.scale), dtype)
         grad_B = (y @ grad).t()
     return grad_x, grad_A, grad_B, grad_H, grad_w
 

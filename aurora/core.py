@@ -246,42 +246,27 @@ def pieces(k: int) -> tuple[tuple[float, ...], ...]:
 
 
 def sigma(
-    z: Tensor,
-    H: Tensor | None,
-    w: Tensor | None,
-    grid: Grid,
-    config: AuroraConfig,
-    scale: float,
-    totals: Tensor | None = None,
+    z: Tensor, H: Tensor | None, w: Tensor | None, grid: Grid, config: AuroraConfig, scale: float
 ) -> Tensor:
     """`scale * sigma(z)` for z (r, N) -> (r, N): the definition of the adaptive nonlinear layer.
 
     H (r, r) and w, the spline weights (r, n), are None where the configuration leaves them out.
-    All tensors have one dtype, float32 or float64. `totals` may be given where they are known.
+    All tensors have one dtype, float32 or float64.
     """
     activation = _ACTIVATIONS[config.activation]
     out = torch.zeros_like(z) if H is None else activation(H.mm(activation(z)))  # (r, N)
     if w is None:
         return scale * out
-    if config.spline == "summed":  # every spline reads all channels: add up their bumps first
-        totals = bump_totals(z, grid, config) if totals is None else totals
-        return torch.addmm(out, w, totals, beta=scale, alpha=scale)
-    bumps = _terms(z, grid, config).sum(1).transpose(0, 1)  # (r, n, N): one product a channel
-    out = torch.baddbmm(out.unsqueeze(1), w.unsqueeze(1), bumps, beta=scale, alpha=scale)
-    return out.squeeze(1)  # from (r, 1, N)
-
-
-def bump_totals(z: Tensor, grid: Grid, config: AuroraConfig) -> Tensor:
-    """Every bump's sum over the channels of z (r, N) -> (n, N)."""
-    return _terms(z, grid, config).sum((1, 2))
-
-
-def _terms(z: Tensor, grid: Grid, config: AuroraConfig) -> Tensor:
-    """(n, I, r, N), which add up to the bumps over I."""
     distance = torch.sub(grid.centers, z, alpha=config.cells_per_unit).abs_()  # (n, 1, r, N)
     t, k = (grid.reach - distance).relu_(), config.spline_order  # (n, I, r, N)
-    # In place, as fresh memory costs more than the arithmetic.
-    return ((t * t).mul_(t) if k == 3 else t**k).mul_(grid.binomials)
+    terms = (t * t).mul_(t) if k == 3 else t**k  # in place: fresh memory costs most of the time
+    terms.mul_(grid.binomials)
+    if config.spline == "summed":  # every spline reads all channels: add up their bumps first
+        totals = terms.sum((1, 2))  # (n, N)
+        return torch.addmm(out, w, totals, beta=scale, alpha=scale)
+    bumps = terms.sum(1).transpose(0, 1)  # (r, n, N): one product a channel
+    out = torch.baddbmm(out.unsqueeze(1), w.unsqueeze(1), bumps, beta=scale, alpha=scale)
+    return out.squeeze(1)  # from (r, 1, N)
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -615,7 +600,7 @@ def add_adapter(
         y, up = F.linear(x, down), up.contiguous()  # for a fast backward
         y = (y if y.dim() == 2 else y.reshape(-1, len(A))).t()  # (r, N), z if dynamic
     else:
-        y = narrow_product(down, x.reshape(-1, x.shape[-1]))
+        y = narrow_product(down, x.reshape(-1, x.shape[-1]), not torch.compiler.is_compiling())
     if dynamic:
         y = anl(y, c.scaling, columns=True)
     y = as_dtype(y, out.dtype).t()  # (N, r)
@@ -625,14 +610,11 @@ def add_adapter(
     return torch.addmm(out.reshape(-1, B.shape[0]), y, up).view_as(out)
 
 
-def narrow_product(A: Tensor, x: Tensor) -> Tensor:
-    """`A x` for A (r, in_features) and x (N, in_features) -> (r, N)."""
+def narrow_product(A: Tensor, x: Tensor, sized: bool = True) -> Tensor:
+    """`A x` for A (r, in_features) and x (N, in_features) -> (r, N). Not sized: N is a symbol."""
     # Few columns take up to five times less time than few rows, but read x for every three anew.
-    r, numbers = A.shape[0], x.numel()  # len takes three times as long
-    if torch.compiler.is_compiling():
-        columns = r <= 12
-    else:
-        columns = numbers <= 2**18 or r >= 64 or r <= (12 if numbers <= 2**19 else 6)
+    r, numbers = A.shape[0], x.numel() if sized else 0
+    columns = r <= (12 if numbers <= 2**19 else 6) or (sized and (numbers <= 2**18 or r >= 64))
     return torch.mm(A, x.t()) if columns else F.linear(x, A).t()
 
 
@@ -1254,11 +1236,10 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Way(NamedTuple):
-    """A way to compute what `sigma`, `sigma_backward` and `bump_totals` do."""
+    """A way to compute sigma, as `sigma` does, and its gradients, as `sigma_backward` does."""
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor | None, ...]]
-    totals: Callable[..., Tensor]
 
 
 class _Sigma(torch.autograd.Function):
@@ -1294,23 +1275,14 @@ class _Sigma(torch.autograd.Function):
 
 
 def sigma_backward(
-    ctx: Any,
-    grad: Tensor,
-    z: Tensor,
-    H: Tensor | None,
-    w: Tensor | None,
-    totals: Tensor | None = None,
-    spline: Any = None,
+    ctx: Any, grad: Tensor, z: Tensor, H: Tensor | None, w: Tensor | None, spline: Any = None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of z (r, N), H (r, r) and the spline weights w (r, n).
-
-    `totals` may be given where they are known; `spline` computes the splines' part.
-    """
+    """Gradients of z (r, N), H (r, r) and the spline weights w (r, n), with the splines' part."""
     grad_z = grad_H = grad_w = None
     if H is not None:
         grad_z, grad_H = _fixed_backward(ctx, grad, z, H)
     if w is not None:
-        through, grad_w = (spline or _spline_backward)(ctx, grad, z, w, totals)
+        through, grad_w = (spline or _spline_backward)(ctx, grad, z, w)
         grad_z = torch.zeros_like(z) if grad_z is None else grad_z
         slope = ctx.config.spline_order * ctx.config.cells_per_unit * ctx.scale
         grad_z = torch.add(grad_z, through, alpha=slope)
@@ -1332,9 +1304,7 @@ def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tenso
     return grad_z, scaled_product(H, ctx.scale, outer, inner.t())
 
 
-def _spline_backward(
-    ctx: Any, grad: Tensor, z: Tensor, w: Tensor, totals: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of z, up to k s / h, and of the spline weights, from all bumps."""
     grid, k, ((r, N), n) = ctx.grid, ctx.config.spline_order, (z.shape, w.shape[1])
     d = torch.sub(grid.centers, z, alpha=ctx.config.cells_per_unit)  # (n, 1, r, N)
@@ -1347,9 +1317,8 @@ def _spline_backward(
     slopes = torch.bmm(binomials, power.flatten(2)).view(n, r, N).mul_(sign.squeeze(1))
     multiply = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # t is no longer needed
     if ctx.config.spline == "summed":
-        if totals is None:
-            each = grid.repeated.expand(n, 1, -1)  # (n, 1, I r)
-            totals = torch.bmm(each, multiply(t, power).flatten(1, 2)).squeeze(1)  # (n, N)
+        each = grid.repeated.expand(n, 1, -1)  # (n, 1, I r)
+        totals = torch.bmm(each, multiply(t, power).flatten(1, 2)).squeeze(1)  # (n, N)
         grad_w = scaled_product(w, ctx.scale, grad, totals.t())
         return (slopes * (w.t() @ grad).unsqueeze(1)).sum(0), grad_w
     bumps = torch.bmm(binomials, multiply(t, power).flatten(2)).view(n, r, N)
@@ -1357,7 +1326,7 @@ def _spline_backward(
     return torch.bmm(w.unsqueeze(1), slopes.transpose(0, 1)).squeeze(1) * grad, grad_w
 
 
-ALL_BUMPS = Way(sigma, sigma_backward, bump_totals)
+ALL_BUMPS = Way(sigma, sigma_backward)
 
 
 def sigma_with_less_memory(*inputs: Any) -> Tensor:
