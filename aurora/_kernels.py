@@ -2,9 +2,9 @@
 
 `core.sigma` is right for a compiler, which fuses its operations, and for few points, where what
 costs is the calls. For many points it is the arithmetic. Only k + 1 of all n bumps are not zero at
-a point. `many` looks them up, which costs the same on every grid, and takes the points in blocks,
-which fit into a processor's cache and bound the memory. Shapes: r rank, N points, k spline order
-(degree), n spline weights a channel, C cells with those around the grid.
+a point. `many` looks these up, or the one polynomial that a spline is on the point's cell, and
+takes the points in blocks, which fit into a processor's cache and bound the memory. Shapes: r rank,
+N points, k spline order (degree), n spline weights a channel.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def best_way(numbers: int, c: AuroraConfig) -> core.Way:
 
 
 def one_by_one(c: AuroraConfig) -> bool:
-    """Whether splines are looked up one by one, which for summed ones is r^2 look-ups a token.
+    """Whether splines are looked up one by one, as `Curves`, or the bumps added up, as `Bumps`.
 
-    That is less than a table of n totals a token for few channels and a fine grid.
+    Summed splines may do either: r^2 look-ups a token are less than n totals for few channels and a
+    fine grid.
     """
     return c.spline == "per-channel" or 6 * c.rank**2 <= c.grid_size
 
@@ -92,7 +93,7 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def in_blocks(c: AuroraConfig, first: Tensor, *others: Tensor | None) -> list[Sequence[Any]]:
-    """Tensors (r, N) and (n, N) as as many blocks of their columns; for None, None as often."""
+    """The blocks of every tensor (r, N) or (n, N), split along N; for None, None as often."""
     column = 4 * c.rank
     if c.spline == "summed":
         column = column * c.rank if one_by_one(c) else max(column, c.grid_size)
@@ -170,11 +171,6 @@ class Near:
         cell = x.detach().nan_to_num_(self.margin).long()  # any cell will do for NaN; u stays NaN
         self.places, self.u = torch.add(own, cell, alpha=self.step).view(-1), u.view(-1)
 
-    @functools.cached_property
-    def powers(self) -> list[Tensor]:
-        """u, u^2, ..., u^k."""
-        return list(itertools.accumulate([self.u] * self.order, torch.mul))
-
     def slopes(self, table: Tensor) -> Tensor:
         """(r, N): the slopes over k of splines with weights (n, step), by column."""
         powers = torch.arange(1, self.margin, dtype=table.dtype, device=table.device)
@@ -220,6 +216,11 @@ class Bumps(Near):
             total = plus_product(total, found, value) if i else found * value
         return total.view(self.shape)
 
+    @functools.cached_property
+    def powers(self) -> list[Tensor]:
+        """u, u^2, ..., u^k."""
+        return list(itertools.accumulate([self.u] * self.order, torch.mul))
+
     def polynomial(self, coefficients: Sequence[float]) -> Tensor:
         """Of u, (rN,), for the coefficients of 1, u, u^2, ..."""
         constant, *others, highest = coefficients
@@ -252,9 +253,8 @@ class Curves(Near):
         of_z, of_w = self.slopes(self.repeated(w).t()) * each, self.spread(each).t()
         if self.times == 1:
             return of_z, of_w
-        return of_z.view(self.times, *grad.shape).sum(0), of_w.reshape(len(w), self.times, -1).sum(
-            1
-        )
+        of_z = of_z.view(self.times, *grad.shape).sum(0)
+        return of_z, of_w.reshape(len(w), self.times, -1).sum(1)
 
     def repeated(self, rows: Tensor) -> Tensor:
         """A row for each look-up from one for each spline."""

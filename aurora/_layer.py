@@ -94,16 +94,12 @@ def _in_full_precision(run: Callable[..., Any]) -> Callable[..., Any]:
     return inner
 
 
-# fmt: off
-def _forward(
-    x: Tensor, A: Any, B: Any, H: Any, w: Any, W: Any, b: Any, grid: Any, c: Any, way: core.Way,
-    keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    # fmt: on
+def _forward(*inputs: Any, keep: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x (N, in_features) -> the output (N, out_features), z = A x and s sigma(z), both (r, N).
 
     And the totals of the bumps (n, N), if they are to be kept.
     """
+    x, A, B, H, w, W, b, grid, c, way = inputs
     dtype, wide, totals = x.dtype, grid.one.dtype, None
     same = dtype is wide is W.dtype is A.dtype is B.dtype
     if not (same and (H is None or H.dtype is wide) and (w is None or w.dtype is wide)):
@@ -120,12 +116,12 @@ def _forward(
     return out.addmm_(y.t(), B.t()), z, y, totals
 
 
-def _keeps_totals(inputs: Sequence[Any]) -> bool:
+def _keeps_totals(x: Tensor, *others: Any) -> bool:
     """Whether the backward gets the totals of the bumps (n, N) in place of s sigma(z) (r, N).
 
     With them s sigma(z) takes a few operations more, without them every spline anew.
     """
-    x, *_, grid, c, way = inputs
+    *_, grid, c, way = others
     smaller = (c.grid_size + c.spline_order) * grid.one.itemsize <= c.rank * x.itemsize
     return way is _kernels.NEAR_BUMPS and c.spline_order > 1 and c.spline == "summed" and smaller
 
@@ -138,11 +134,10 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, A, B, H, w, W, b, grid, c, way = inputs
-        ctx.grid, ctx.config, ctx.way, ctx.scale, ctx.dtype = grid, c, way, c.scaling, x.dtype
+        x, A, B, H, w, W, _, ctx.grid, ctx.config, ctx.way = inputs
+        ctx.dtype, ctx.scale = x.dtype, ctx.config.scaling
+        out, z, y, totals = _forward(*inputs, keep=_keeps_totals(*inputs))
         of_x, of_A, of_B, *_ = ctx.needs_input_grad
-        keep = _keeps_totals(inputs)
-        out, z, y, totals = _forward(x, A, B, H, w, W, b, grid, c, way, keep)
         kept = (x if of_A else None, A if of_x else None, y if of_B and totals is None else None)
         ctx.save_for_backward(*kept, B, H, w, W, z, totals)
         ctx.save_for_forward(x, A, y, B, H, w, W, z, totals)
@@ -196,11 +191,11 @@ def _gradients(
     if needed[1]:
         grad_A = grad_z @ x
     if needed[2]:
-        if y is None and totals is None:
-            y = as_dtype(ctx.way.forward(z, H, w, ctx.grid, ctx.config, ctx.scale), dtype)
+        if y is None and totals is not None:
+            y = _kernels.from_totals(totals, z, H, w, ctx.config, ctx.scale)
         elif y is None:
-            y = as_dtype(_kernels.from_totals(totals, z, H, w, ctx.config, ctx.scale), dtype)
-        grad_B = (y @ grad).t()
+            y = ctx.way.forward(z, H, w, ctx.grid, ctx.config, ctx.scale)
+        grad_B = (as_dtype(y, dtype) @ grad).t()
     return grad_x, grad_A, grad_B, grad_H, grad_w
 
 

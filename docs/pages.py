@@ -57,6 +57,7 @@ def run_tour(path: Path) -> tuple[str, dict[str, bytes]]:
     parts: list[str] = []
     pictures: dict[str, bytes] = {}
     names: dict[str, Any] = {}
+    plt.close("all")  # what somebody drew before is none of the tour's
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
