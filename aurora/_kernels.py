@@ -63,24 +63,29 @@ def one_by_one(c: AuroraConfig) -> bool:
 
 def many(z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
     """`core.sigma` in blocks, from the bumps that are not zero."""
+    # The mean slope of order 1 at a knot takes a bump more than are not zero there.
     sigma = core.sigma if c.spline_order == 1 else _sigma
-    return torch.cat([sigma(block, H, w, grid, c, scale) for block in in_blocks(c, z)[0]], 1)
+    blocks = torch.split(z, block_size(c), 1)
+    return torch.cat([sigma(block, H, w, grid, c, scale) for block in blocks], 1)
 
 
 def many_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
     """Every bump's sum over the channels of z (r, N) -> (n, N), for an order above 1."""
-    return torch.cat([Bumps(block, grid, c).totals() for block in in_blocks(c, z)[0]], 1)
+    blocks = torch.split(z, block_size(c), 1)
+    return torch.cat([Bumps(block, grid, c).totals() for block in blocks], 1)
 
 
 def many_backward(
     ctx: Any, grad: Tensor, z: Tensor, H: Any, w: Tensor, totals: Any = None
 ) -> tuple[Tensor | None, ...]:
     """`core.sigma_backward` in blocks, from the bumps that are not zero, or their totals."""
-    of_z, others, first_order = [], None, ctx.config.spline_order == 1
-    for g, block, known in zip(*in_blocks(ctx.config, grad, z, totals), strict=True):
-        spline = functools.partial(_spline_backward, totals=known)
-        # The mean slope of order 1 at a knot takes a bump more than are not zero there.
-        grad_z, *rest = core.sigma_backward(ctx, g, block, H, w, None if first_order else spline)
+    size, of_z, others = block_size(ctx.config), [], None
+    blocks = torch.split(z, size, 1)
+    every = [None] * len(blocks) if totals is None else torch.split(totals, size, 1)
+    for g, block, known in zip(torch.split(grad, size, 1), blocks, every, strict=True):
+        spline: Any = functools.partial(_spline_backward, totals=known)
+        spline = spline if ctx.config.spline_order > 1 else None
+        grad_z, *rest = core.sigma_backward(ctx, g, block, H, w, spline)
         of_z.append(grad_z)
         others = (
             rest if others is None else [_plus(a, b) for a, b in zip(others, rest, strict=True)]
@@ -92,17 +97,14 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if a is None or b is None else a + b
 
 
-def in_blocks(c: AuroraConfig, first: Tensor, *others: Tensor | None) -> list[Sequence[Any]]:
-    """The blocks of every tensor (r, N) or (n, N), split along N; for None, None as often."""
+def block_size(c: AuroraConfig) -> int:
+    """How many columns of z (r, N) to take at once."""
     column = 4 * c.rank
     if c.spline == "summed":
         column = column * c.rank if one_by_one(c) else max(column, c.grid_size)
     if c.spline_order == 1:
         column = c.spread * c.rank
-    size = max(1, BLOCK * min(8, torch.get_num_threads()) // column)
-    blocks = torch.split(first, size, 1)
-    rest = [[None] * len(blocks) if t is None else torch.split(t, size, 1) for t in others]
-    return [blocks, *rest]
+    return max(1, BLOCK * min(8, torch.get_num_threads()) // column)
 
 
 NEAR_BUMPS = core.Way(many, many_backward)
@@ -262,9 +264,8 @@ class Curves(Near):
 
     def spread(self, factor: Tensor) -> Tensor:
         """(n, r): every bump's sum over a channel's points, times a factor (r, N)."""
-        powers = [factor.reshape(-1)]
-        for _ in range(self.order):
-            powers.append(powers[-1] * self.u)
+        first, us = factor.reshape(-1), [self.u] * self.order
+        powers = list(itertools.accumulate(us, torch.mul, initial=first))
         # In place, but for `vmap`, which has no rule for that on torch 2.6.
         add = torch.scatter_add if is_transformed() else Tensor.scatter_add_
         rows = [p.new_zeros(self.cells * self.step) for p in powers]

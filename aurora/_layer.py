@@ -39,7 +39,7 @@ def at_once(
     None where that would not be what the two do one by one. The questions are quick, as they are a
     tenth of what an adapter costs for one token.
     """
-    if torch.compiler.is_compiling() or _C._get_tracing_state():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return None  # they see the operations better one by one
     c, grid, inner = anl.config, anl.grid, anl._parameters
     W: Any = base._parameters.get("weight")
@@ -56,9 +56,9 @@ def at_once(
         return None
     if c.mode == "static" or (c.dropout and training) or is_watched(anl):
         return None
-    if _C._are_functorch_transforms_active():  # they have no rule for a product in place
+    if _kernels.is_transformed():  # they have no rule for a product in place
         return None
-    autocast = _C._is_any_autocast_enabled() and core.autocast_is_on(x.device)
+    autocast = torch._C._is_any_autocast_enabled() and core.autocast_is_on(x.device)
     if autocast and x.is_floating_point() and torch.float64 not in (x.dtype, W.dtype):
         x = as_dtype(x, torch.get_autocast_dtype(x.device.type))
     elif x.dtype is not W.dtype:
@@ -75,7 +75,6 @@ def at_once(
     return out if len(shape) == 2 else out.view(*shape[:-1], W.shape[0])
 
 
-_C = torch._C
 _OR_NONE = (nn.Parameter, type(None))
 
 
@@ -139,15 +138,15 @@ class _AtOnce(torch.autograd.Function):
         out, z, y, totals = _forward(*inputs, keep=_keeps_totals(*inputs))
         of_x, of_A, of_B, *_ = ctx.needs_input_grad
         kept = (x if of_A else None, A if of_x else None, y if of_B and totals is None else None)
-        ctx.save_for_backward(*kept, B, H, w, W, z, totals)
-        ctx.save_for_forward(x, A, y, B, H, w, W, z, totals)
+        ctx.save_for_backward(*kept, totals, B, H, w, W, z)
+        ctx.save_for_forward(x, A, y, totals, B, H, w, W, z)
         ctx.set_materialize_grads(False)
         return out, z, y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under checkpointing there is no second time
-        with core.full_precision(saved[3]):
+        with core.full_precision(saved[-1]):
             return *_gradients(ctx, saved, grads, ctx.needs_input_grad), *[None] * 5
 
     @staticmethod
@@ -155,7 +154,7 @@ class _AtOnce(torch.autograd.Function):
         # As in `core._Sigma.jvp`: the transpose of the backward, which is linear in the gradients.
         given = [i for i, tangent in enumerate(tangents) if tangent is not None]
         needed = [i in given for i in range(3)]
-        _, _, y, _, _, _, W, z, _ = saved = ctx.saved_tensors
+        _, _, y, *_, W, z = saved = ctx.saved_tensors
         start = z.new_zeros(z.shape[1], len(W), dtype=ctx.dtype), z * 0, y * 0
 
         def back(*grads: Tensor) -> list[Any]:
@@ -170,7 +169,7 @@ def _gradients(
     ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, A, B, H and w, of the first three where they are needed."""
-    x, A, y, B, H, w, W, z, totals = saved
+    x, A, y, totals, B, H, w, W, z = saved
     if torch.is_grad_enabled():
         totals = None  # second derivatives need them as they follow from z
     grad, of_z, of_y = grads  # the last two in second derivatives only
@@ -180,8 +179,8 @@ def _gradients(
     through = narrow_product(as_dtype(B, dtype).t().contiguous(), grad)  # (r, N)
     through = as_dtype(through if of_y is None else through + of_y, z.dtype)
     H, w = as_dtype(H, z.dtype), as_dtype(w, z.dtype)
-    known = () if totals is None else (totals,)
-    grad_z, grad_H, grad_w = ctx.way.backward(ctx, through, z, H, w, *known)
+    known = {} if totals is None else {"totals": totals}
+    grad_z, grad_H, grad_w = ctx.way.backward(ctx, through, z, H, w, **known)
     grad_z = as_dtype(grad_z if of_z is None else grad_z + of_z, dtype)
     grad_x = grad_A = grad_B = None
     if needed[0]:
