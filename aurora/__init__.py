@@ -2,6 +2,7 @@
 
 from aurora import _kernels as _kernels  # puts itself into core
 from aurora import _layer as _layer  # likewise
+from aurora import _operations as _operations  # likewise
 from aurora import _refusals as _refusals  # likewise
 from aurora._running import check as check
 from aurora.adapters import adapter_names as adapter_names

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aurora import core
+from aurora._operations import is_transformed
 from aurora.core import AuroraConfig, Grid, pieces
 
 FEW = 2**17  # numbers in the largest tensor of `core.sigma`, up to which it is the faster way
@@ -78,19 +79,25 @@ def many_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
 def many_backward(
     ctx: Any, grad: Tensor, z: Tensor, H: Any, w: Tensor, totals: Any = None
 ) -> tuple[Tensor | None, ...]:
-    """`core.sigma_backward` in blocks, from the bumps that are not zero, or their totals."""
-    size, of_z, others = block_size(ctx.config), [], None
+    """`core.sigma_backward` in blocks, from the bumps that are not zero, or their totals.
+
+    F(z) with the totals only: they are what makes it of use.
+    """
+    size, of_z, values, others = block_size(ctx.config), [], [], None
     blocks = torch.split(z, size, 1)
     every = [None] * len(blocks) if totals is None else torch.split(totals, size, 1)
     for g, block, known in zip(torch.split(grad, size, 1), blocks, every, strict=True):
         spline: Any = functools.partial(_spline_backward, totals=known)
         spline = spline if ctx.config.spline_order > 1 else None
-        grad_z, *rest = core.sigma_backward(ctx, g, block, H, w, spline)
+        grad_z, *rest, value = core.sigma_backward(ctx, g, block, H, w, spline)
         of_z.append(grad_z)
+        if known is not None and value is not None:
+            values.append(value)
         others = (
             rest if others is None else [_plus(a, b) for a, b in zip(others, rest, strict=True)]
         )
-    return torch.cat(cast(list[Tensor], of_z), 1), *cast(list[Tensor | None], others)
+    value = torch.cat(values, 1) if values else None
+    return torch.cat(cast(list[Tensor], of_z), 1), *cast(list[Tensor | None], others), value
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -115,18 +122,17 @@ NEAR_BUMPS = core.Way(many, many_backward)
 
 def _sigma(z: Tensor, H: Any, w: Tensor, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
     if not one_by_one(c):
-        return from_totals(Bumps(z, grid, c).totals(), z, H, w, c, scale)
-    return (_fixed(z, H, c) + Curves(z, grid, c).values(w)).mul_(scale)
+        return from_totals(Bumps(z, grid, c).totals(), fixed_part(z, H, c), w, scale)
+    return (fixed_part(z, H, c) + Curves(z, grid, c).values(w)).mul_(scale)
 
 
-def from_totals(
-    totals: Tensor, z: Tensor, H: Any, w: Tensor, c: AuroraConfig, scale: float
-) -> Tensor:
-    """`core.sigma` of summed splines, of z (r, N) whose bumps have these totals (n, N)."""
-    return torch.addmm(_fixed(z, H, c), w, totals, beta=scale, alpha=scale)
+def from_totals(totals: Tensor, fixed: Tensor, w: Tensor, scale: float) -> Tensor:
+    """`core.sigma` of summed splines, from the bumps' totals (n, N) and F(z) (r, N)."""
+    return torch.addmm(fixed, w, totals, beta=scale, alpha=scale)
 
 
-def _fixed(z: Tensor, H: Any, c: AuroraConfig) -> Tensor:
+def fixed_part(z: Tensor, H: Any, c: AuroraConfig) -> Tensor:
+    """F(z), zero where the configuration leaves it out."""
     activation = core._ACTIVATIONS[c.activation]
     return torch.zeros_like(z) if H is None else activation(H @ activation(z))
 
@@ -148,11 +154,6 @@ def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (torch.addcmul if is_transformed() else Tensor.addcmul_)(total, a, b)
 
 
-def is_transformed() -> bool:
-    """Whether this runs under `torch.func` or `vmap`."""
-    return torch._C._are_functorch_transforms_active()
-
-
 class Near:
     """Where points z (r, N) lie on the grid, with a margin of k + 1 cells on either side.
 
@@ -171,7 +172,9 @@ class Near:
         x = F.hardtanh_(x, 0, self.cells - 1)
         u = x.frac()
         cell = x.detach().nan_to_num_(self.margin).long()  # any cell will do for NaN; u stays NaN
-        self.places, self.u = torch.add(own, cell, alpha=self.step).view(-1), u.view(-1)
+        out = None if is_transformed() else cell
+        self.places = torch.add(own, cell, alpha=self.step, out=out).view(-1)
+        self.u = u.view(-1)
 
     def slopes(self, table: Tensor) -> Tensor:
         """(r, N): the slopes over k of splines with weights (n, step), by column."""

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aurora import _kernels, core
-from aurora.core import ANL, AuroraLinear, as_dtype, narrow_product
+from aurora._operations import dropout_mask, is_transformed, narrow_product
+from aurora.core import ANL, AuroraLinear, as_dtype
 
 _one_by_one = AuroraLinear.adapted
 
@@ -54,9 +55,9 @@ def at_once(
     learns = torch.is_grad_enabled()
     if learns and (W.requires_grad or (b is not None and b.requires_grad)):
         return None
-    if c.mode == "static" or (c.dropout and training) or is_watched(anl):
+    if c.mode == "static" or is_watched(anl):
         return None
-    if _kernels.is_transformed():  # they have no rule for a product in place
+    if is_transformed():  # they have no rule for a product in place
         return None
     autocast = torch._C._is_any_autocast_enabled() and core.autocast_is_on(x.device)
     if autocast and x.is_floating_point() and torch.float64 not in (x.dtype, W.dtype):
@@ -71,7 +72,8 @@ def at_once(
     run: Any = _AtOnce.apply if learns else _forward
     if autocast:
         run = _in_full_precision(run)  # the products have autocast's dtype already
-    out: Tensor = run(rows, A, B, H, w, W, b, grid, c, way)[0]
+    dropout = c.dropout if training else 0.0
+    out: Tensor = run(rows, A, B, H, w, W, b, grid, c, way, dropout)[0]
     return out if len(shape) == 2 else out.view(*shape[:-1], W.shape[0])
 
 
@@ -93,26 +95,31 @@ def _in_full_precision(run: Callable[..., Any]) -> Callable[..., Any]:
     return inner
 
 
-def _forward(*inputs: Any, keep: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _forward(*inputs: Any, keep: bool = False) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
     """x (N, in_features) -> the output (N, out_features), z = A x and s sigma(z), both (r, N).
 
-    And the totals of the bumps (n, N), if they are to be kept.
+    And the totals of the bumps (n, N), if they are to be kept, and dropout's mask, if it acts.
     """
-    x, A, B, H, w, W, b, grid, c, way = inputs
-    dtype, wide, totals = x.dtype, grid.one.dtype, None
+    x, A, B, H, w, W, b, grid, c, way, dropout = inputs
+    dtype, wide, totals, mask = x.dtype, grid.one.dtype, None, None
     same = dtype is wide is W.dtype is A.dtype is B.dtype
     if not (same and (H is None or H.dtype is wide) and (w is None or w.dtype is wide)):
         W, b, A, B = (as_dtype(t, dtype) for t in (W, b, A, B))
         H, w = as_dtype(H, wide), as_dtype(w, wide)
     out = F.linear(x, W, b)
+    if dropout:
+        mask = dropout_mask(x, dropout)
+        x = x * mask
     z = as_dtype(narrow_product(A, x), wide).contiguous()
+    if dropout:  # z is small, and wide enough to be scaled without harm
+        z.mul_(1 / (1 - dropout))
     if keep:
         totals = _kernels.many_totals(z, grid, c)
-        y = _kernels.from_totals(totals, z, H, w, c, c.scaling)
+        y = _kernels.from_totals(totals, _kernels.fixed_part(z, H, c), w, c.scaling)
     else:
         y = way.forward(z, H, w, grid, c, c.scaling)
     y = as_dtype(y, dtype)
-    return out.addmm_(y.t(), B.t()), z, y, totals
+    return out.addmm_(y.t(), B.t()), z, y, totals, mask
 
 
 def _keeps_totals(x: Tensor, *others: Any) -> bool:
@@ -120,7 +127,7 @@ def _keeps_totals(x: Tensor, *others: Any) -> bool:
 
     With them s sigma(z) takes a few operations more, without them every spline anew.
     """
-    *_, grid, c, way = others
+    *_, grid, c, way, _ = others
     smaller = (c.grid_size + c.spline_order) * grid.one.itemsize <= c.rank * x.itemsize
     return way is _kernels.NEAR_BUMPS and c.spline_order > 1 and c.spline == "summed" and smaller
 
@@ -133,13 +140,13 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, A, B, H, w, W, _, ctx.grid, ctx.config, ctx.way = inputs
+        x, A, B, H, w, W, _, ctx.grid, ctx.config, ctx.way, ctx.dropout = inputs
         ctx.dtype, ctx.scale = x.dtype, ctx.config.scaling
-        out, z, y, totals = _forward(*inputs, keep=_keeps_totals(*inputs))
+        out, z, y, totals, mask = _forward(*inputs, keep=_keeps_totals(*inputs))
         of_x, of_A, of_B, *_ = ctx.needs_input_grad
         kept = (x if of_A else None, A if of_x else None, y if of_B and totals is None else None)
-        ctx.save_for_backward(*kept, totals, B, H, w, W, z)
-        ctx.save_for_forward(x, A, y, totals, B, H, w, W, z)
+        ctx.save_for_backward(*kept, totals, mask if of_x or of_A else None, B, H, w, W, z)
+        ctx.save_for_forward(x, A, y, totals, mask, B, H, w, W, z)
         ctx.set_materialize_grads(False)
         return out, z, y
 
@@ -147,7 +154,7 @@ class _AtOnce(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under checkpointing there is no second time
         with core.full_precision(saved[-1]):
-            return *_gradients(ctx, saved, grads, ctx.needs_input_grad), *[None] * 5
+            return *_gradients(ctx, saved, grads, ctx.needs_input_grad), *[None] * 6
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -169,7 +176,7 @@ def _gradients(
     ctx: Any, saved: Sequence[Any], grads: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, A, B, H and w, of the first three where they are needed."""
-    x, A, y, totals, B, H, w, W, z = saved
+    x, A, y, totals, mask, B, H, w, W, z = saved
     if torch.is_grad_enabled():
         totals = None  # second derivatives need them as they follow from z
     grad, of_z, of_y = grads  # the last two in second derivatives only
@@ -180,22 +187,35 @@ def _gradients(
     through = as_dtype(through if of_y is None else through + of_y, z.dtype)
     H, w = as_dtype(H, z.dtype), as_dtype(w, z.dtype)
     known = {} if totals is None else {"totals": totals}
-    grad_z, grad_H, grad_w = ctx.way.backward(ctx, through, z, H, w, **known)
+    grad_z, grad_H, grad_w, fixed = ctx.way.backward(ctx, through, z, H, w, **known)
     grad_z = as_dtype(grad_z if of_z is None else grad_z + of_z, dtype)
+    grad_z = grad_z * (1 / (1 - ctx.dropout)) if ctx.dropout else grad_z
     grad_x = grad_A = grad_B = None
     if needed[0]:
-        plain = of_z is None and of_y is None and not _kernels.is_transformed()
-        add = Tensor.addmm_ if plain else torch.addmm  # in place, where all or none are batched
-        grad_x = add(grad @ as_dtype(W, dtype), grad_z.t(), as_dtype(A, dtype))
+        # Where all or none are batched.
+        in_place = of_z is None and of_y is None and not is_transformed()
+        W, A = as_dtype(W, dtype), as_dtype(A, dtype)
+        grad_x = _gradient_of_x(grad, W, grad_z, A, mask, in_place)
     if needed[1]:
-        grad_A = grad_z @ x
+        grad_A = grad_z @ (x if mask is None else x * mask)
     if needed[2]:
         if y is None and totals is not None:
-            y = _kernels.from_totals(totals, z, H, w, ctx.config, ctx.scale)
+            fixed = torch.zeros_like(z) if fixed is None else fixed
+            y = _kernels.from_totals(totals, fixed, w, ctx.scale)
         elif y is None:
             y = ctx.way.forward(z, H, w, ctx.grid, ctx.config, ctx.scale)
         grad_B = (as_dtype(y, dtype) @ grad).t()
     return grad_x, grad_A, grad_B, grad_H, grad_w
+
+
+def _gradient_of_x(
+    grad: Tensor, W: Tensor, grad_z: Tensor, A: Tensor, mask: Tensor | None, in_place: bool
+) -> Tensor:
+    """`grad W + (grad_z^T A) mask`, one of the two products added to the other."""
+    add, multiply = (Tensor.addmm_, Tensor.mul_) if in_place else (torch.addmm, torch.mul)
+    if mask is None:
+        return add(grad @ W, grad_z.t(), A)
+    return add(multiply(grad_z.t() @ A, mask), grad, W)
 
 
 AuroraLinear.adapted = adapted  # type: ignore[method-assign]

@@ -369,10 +369,13 @@ class ANL(nn.Module):
         # The grid is a constant, not state: no buffer, so that there is nothing to load, and
         # to_empty() cannot leave it blank.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._move_grid()
+        return self
+
+    def _move_grid(self) -> None:
         p = next(self.parameters())
         with torch.inference_mode(False):  # a model moved for inference can train afterwards
             self.grid = Grid.of(self.config, wide_dtype(p), p.device)
-        return self
 
     # A state dict has the options too, under "_extra_state", so that a checkpoint says which
     # function it holds. A buffer would be averaged by EMA, sent around by DDP at every step and
@@ -391,6 +394,7 @@ class ANL(nn.Module):
         if not getattr(given, "is_meta", False) and (unlike := self._unlike(given)):
             args[-1].append(f"{prefix.removesuffix('.') or 'the ANL'}: {unlike}")
         super()._load_from_state_dict(state, prefix, *args)
+        self._move_grid()  # with assign=True the parameters are elsewhere now
 
     def _unlike(self, state: Any) -> str:
         """How the options in a state dict differ, but for those that matter in training only."""
@@ -600,7 +604,7 @@ def add_adapter(
         y, up = F.linear(x, down), up.contiguous()  # for a fast backward
         y = (y if y.dim() == 2 else y.reshape(-1, len(A))).t()  # (r, N), z if dynamic
     else:
-        y = narrow_product(down, x.reshape(-1, x.shape[-1]), not torch.compiler.is_compiling())
+        y = narrow_product(down, x.reshape(-1, x.shape[-1]))
     if dynamic:
         y = anl(y, c.scaling, columns=True)
     y = as_dtype(y, out.dtype).t()  # (N, r)
@@ -610,12 +614,9 @@ def add_adapter(
     return torch.addmm(out.reshape(-1, B.shape[0]), y, up).view_as(out)
 
 
-def narrow_product(A: Tensor, x: Tensor, sized: bool = True) -> Tensor:
-    """`A x` for A (r, in_features) and x (N, in_features) -> (r, N). Not sized: N is a symbol."""
-    # Few columns take up to five times less time than few rows, but read x for every three anew.
-    r, numbers = A.shape[0], x.numel() if sized else 0
-    columns = r <= (12 if numbers <= 2**19 else 6) or (sized and (numbers <= 2**18 or r >= 64))
-    return torch.mm(A, x.t()) if columns else F.linear(x, A).t()
+def narrow_product(A: Tensor, x: Tensor) -> Tensor:
+    """`A x` for A (r, in_features), x (N, in_features) -> (r, N); aurora/_kernels.py knows more."""
+    return torch.mm(A, x.t()) if len(A) <= 12 else F.linear(x, A).t()
 
 
 @functools.cache
@@ -1236,7 +1237,7 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Way(NamedTuple):
-    """A way to compute sigma, as `sigma` does, and its gradients, as `sigma_backward` does."""
+    """A way to compute sigma, as `sigma` does, and what `sigma_backward` gives."""
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor | None, ...]]
@@ -1260,7 +1261,7 @@ class _Sigma(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(grad):
-            grads = ctx.way.backward(ctx, grad, *ctx.saved_tensors)
+            *grads, _ = ctx.way.backward(ctx, grad, *ctx.saved_tensors)
         return *grads, None, None, None, None
 
     @staticmethod
@@ -1277,16 +1278,19 @@ class _Sigma(torch.autograd.Function):
 def sigma_backward(
     ctx: Any, grad: Tensor, z: Tensor, H: Tensor | None, w: Tensor | None, spline: Any = None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of z (r, N), H (r, r) and the spline weights w (r, n), with the splines' part."""
-    grad_z = grad_H = grad_w = None
+    """Gradients of z (r, N), H (r, r) and the spline weights w (r, n), and F(z), which they need.
+
+    spline: what gives the splines' part, if not the function below.
+    """
+    grad_z = grad_H = grad_w = value = None
     if H is not None:
-        grad_z, grad_H = _fixed_backward(ctx, grad, z, H)
+        grad_z, grad_H, value = _fixed_backward(ctx, grad, z, H)
     if w is not None:
         through, grad_w = (spline or _spline_backward)(ctx, grad, z, w)
         grad_z = torch.zeros_like(z) if grad_z is None else grad_z
         slope = ctx.config.spline_order * ctx.config.cells_per_unit * ctx.scale
         grad_z = torch.add(grad_z, through, alpha=slope)
-    return grad_z, grad_H, grad_w
+    return grad_z, grad_H, grad_w, value
 
 
 def scaled_product(like: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
@@ -1294,14 +1298,15 @@ def scaled_product(like: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(like, a, b, beta=0, alpha=scale)
 
 
-def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of z (r, N) and H (r, r) through F."""
+def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of z (r, N) and H (r, r) through F, and F(z)."""
     activation = _ACTIVATIONS[ctx.config.activation]
     derivative = _DERIVATIVES[ctx.config.activation]
     inner = activation(z)  # (r, N)
-    outer = derivative(grad, activation(H @ inner))  # (r, N)
+    value = activation(H @ inner)  # (r, N)
+    outer = derivative(grad, value)  # (r, N)
     grad_z = derivative(scaled_product(z, ctx.scale, H.t(), outer), inner)
-    return grad_z, scaled_product(H, ctx.scale, outer, inner.t())
+    return grad_z, scaled_product(H, ctx.scale, outer, inner.t()), value
 
 
 def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

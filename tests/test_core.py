@@ -739,6 +739,7 @@ def test_meta_device_and_materialising():
     assigned = copy.deepcopy(model)
     assigned.load_state_dict(real.state_dict(), assign=True)
     assert torch.equal(assigned(IDS), real(IDS))
+    assert not any(m.anl.grid.one.is_meta for m in core.layers(assigned).values())
     model.to_empty(device="cpu")
     model.load_state_dict(real.state_dict())
     assert torch.equal(model(IDS), real(IDS))

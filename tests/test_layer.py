@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from aurora import AuroraLinear, _kernels, _layer
+from aurora import AuroraLinear, _kernels, _layer, core
 from benchmarks.lab import steps
 
 VARIANTS = {
@@ -139,6 +139,68 @@ def test_a_wrong_gradient_would_be_noticed(monkeypatch):
         compare(results(layer, x), results(layer, x, _layer._one_by_one))
 
 
+# ---- Dropout ----
+
+
+@pytest.fixture
+def same_mask(monkeypatch):
+    """Dropout leaves out the same numbers of x, at once and one by one."""
+
+    def mask(x, p):
+        generator = torch.Generator().manual_seed(x.numel())
+        return (torch.rand(x.shape, generator=generator) >= p).to(x.dtype)
+
+    def dropout(x, p, training):
+        return x * mask(x, p) / (1 - p) if training else x
+
+    monkeypatch.setattr(_layer, "dropout_mask", mask)
+    monkeypatch.setattr(core.F, "dropout", dropout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["default", "per-channel", "between fixed projections"])
+def test_dropout_too(same_mask, name, dtype):
+    layer, x = make(dtype, dropout=0.3, **VARIANTS[name]).train(), torch.randn(2, 7, 12).to(dtype)
+    assert is_at_once(layer(x))
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    found = results(layer, x)
+    compare(found, results(layer, x, _layer._one_by_one), tolerance)
+    others = results(layer.eval(), x)
+    assert all(not torch.equal(found[key], others[key]) for key in found)
+
+
+def test_every_derivative_of_dropout(same_mask):
+    layer = make(torch.float64, dropout=0.3).double().train()
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *trained(layer).values())
+    run = lambda x, *_: layer(x)  # noqa: E731
+    assert torch.autograd.gradcheck(run, inputs, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, inputs, check_batched_grad=True)
+    assert torch.autograd.gradcheck(run, (x,), check_forward_ad=True)
+
+
+def test_dropout_draws_anew_from_pytorchs_generator():
+    layer, x = make(dropout=0.5).train(), torch.randn(50, 12)
+    with torch.no_grad():
+        assert not torch.equal(layer(x), layer(x))
+    outs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        outs.append(layer(x))
+    assert torch.equal(*outs)
+
+
+def test_the_mean_over_dropout_is_the_output_without():
+    """Of what is linear in x: with F(z) = H z and no splines."""
+    layer = make(dropout=0.4, activation="identity", learnable=False)
+    x = torch.randn(1, 12)
+    with torch.no_grad():
+        wanted = layer.eval()(x)
+        found = layer.train()(x.expand(40_000, 12)) - layer.base(x)
+    error = (found.mean(0) - (wanted - layer.base(x))).abs()
+    assert (error < 5 * found.std(0) / 200).all()
+
+
 # ---- Derivatives of every kind ----
 
 
@@ -230,23 +292,19 @@ EXCEPTIONS = {
     "a computed weight": lambda m: parametrize(m, "weight"),
     "a computed bias": lambda m: parametrize(m, "bias"),
     "a computed H": lambda m: parametrize(m.anl, "H"),
-    "dropout": lambda m: m.train(),
     "static": lambda m: None,
 }
 
 
 @pytest.mark.parametrize("name", EXCEPTIONS)
 def test_where_it_would_differ_it_is_off(name):
-    options = {"dropout": {"dropout": 0.5}, "static": {"mode": "static"}}.get(name, {})
-    layer = make(**options)
+    layer = make(**({"mode": "static"} if name == "static" else {}))
     if name == "a base of another kind":
         layer = AuroraLinear(Doubling(12, 8).requires_grad_(False))
         disturb(layer)
     EXCEPTIONS[name](layer)
     x = torch.randn(5, 12, requires_grad=True)
-    torch.manual_seed(1)
     found = layer(x)
-    torch.manual_seed(1)
     assert torch.equal(found, _layer._one_by_one(layer, x))
     assert not is_at_once(found)
 
@@ -307,6 +365,15 @@ def test_between_fixed_projections_neither_input_nor_hidden_vector_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
     assert [t.shape for t in kept if 50 in t.shape] == [(3, 50)]  # z, and neither x nor s sigma(z)
+
+
+def test_with_dropout_a_mask_is_kept_beside_the_input():
+    layer, x, kept = make(dropout=0.5).train(), torch.randn(50, 12), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    wide = [t for t in kept if t.shape == x.shape]
+    assert len(wide) == 2
+    assert sum(torch.equal(t, x) for t in wide) == 1
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,11 @@ def test_save_and_load(case, low_cpu_mem_usage, tmp_path):
     )
     fresh = build(case)[0]
     again = peft.PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(answer(again, x), out)
+    saved, loaded = model.state_dict(), again.state_dict()
+    assert all(torch.equal(loaded[name], t) for name, t in saved.items() if ".aurora_" in name)
+    # Not equal: MKL rounds by where numbers lie, and tensors of a file need not be aligned.
+    torch.testing.assert_close(answer(again, x), out)
+    assert not any(m.grid.one.is_meta for m in again.modules() if isinstance(m, core.ANL))
     kept = {p.dtype for name, p in again.named_parameters() if ".aurora_" in name}
     assert kept == {torch.float64 if case == "float64" else torch.float32}
     assert again.peft_config["default"].options("x") == model.peft_config["default"].options("x")
