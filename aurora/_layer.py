@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aurora import _kernels, core
 from aurora._operations import dropout_mask, is_transformed, narrow_product
-from aurora.core import ANL, AuroraLinear, as_dtype
+from aurora.core import ANL, AuroraConfig, AuroraLinear, Grid, as_dtype
 
 _one_by_one = AuroraLinear.adapted
 
@@ -66,15 +66,12 @@ def at_once(
         return None
     if x.device != grid.one.device or (x.dtype is torch.float64 is not grid.one.dtype):
         return None
-    shape = x.shape
-    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    way = _kernels.best_way(rows.shape[0] * c.rank, c)
     run: Any = _AtOnce.apply if learns else _forward
     if autocast:
         run = _in_full_precision(run)  # the products have autocast's dtype already
     dropout = c.dropout if training else 0.0
-    out: Tensor = run(rows, A, B, H, w, W, b, grid, c, way, dropout)[0]
-    return out if len(shape) == 2 else out.view(*shape[:-1], W.shape[0])
+    out: Tensor = run(x, A, B, H, w, W, b, grid, c, dropout)[0]
+    return out
 
 
 _OR_NONE = (nn.Parameter, type(None))
@@ -95,66 +92,74 @@ def _in_full_precision(run: Callable[..., Any]) -> Callable[..., Any]:
     return inner
 
 
-def _forward(*inputs: Any, keep: bool = False) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
-    """x (N, in_features) -> the output (N, out_features), z = A x and s sigma(z), both (r, N).
+def _forward(*inputs: Any, learns: bool = False) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
+    """x (..., in_features) -> the output (..., out_features), z = A x and s sigma(z), both (r, N).
 
-    And the totals of the bumps (n, N), if they are to be kept, and dropout's mask, if it acts.
+    And what else the backward wants, or None: the totals of the bumps (n, N), dropout's mask.
     """
-    x, A, B, H, w, W, b, grid, c, way, dropout = inputs
+    x, A, B, H, w, W, b, grid, c, dropout = inputs
     dtype, wide, totals, mask = x.dtype, grid.one.dtype, None, None
     same = dtype is wide is W.dtype is A.dtype is B.dtype
     if not (same and (H is None or H.dtype is wide) and (w is None or w.dtype is wide)):
         W, b, A, B = (as_dtype(t, dtype) for t in (W, b, A, B))
         H, w = as_dtype(H, wide), as_dtype(w, wide)
-    out = F.linear(x, W, b)
+    out = F.linear(x, W, b).contiguous()  # of x as it is: of its rows it may round differently
+    x = as_rows(x)
     if dropout:
         mask = dropout_mask(x, dropout)
         x = x * mask
     z = as_dtype(narrow_product(A, x), wide).contiguous()
     if dropout:  # z is small, and wide enough to be scaled without harm
         z.mul_(1 / (1 - dropout))
-    if keep:
+    way = _kernels.best_way(z.numel(), c)
+    if learns and _keeps_totals(way, dtype, grid, c):
         totals = _kernels.many_totals(z, grid, c)
         y = _kernels.from_totals(totals, _kernels.fixed_part(z, H, c), w, c.scaling)
     else:
         y = way.forward(z, H, w, grid, c, c.scaling)
     y = as_dtype(y, dtype)
-    return out.addmm_(y.t(), B.t()), z, y, totals, mask
+    as_rows(out).addmm_(y.t(), B.t())
+    return out, z, y, totals, mask
 
 
-def _keeps_totals(x: Tensor, *others: Any) -> bool:
+def as_rows(x: Tensor) -> Tensor:
+    """(..., any) -> (N, any)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _keeps_totals(way: core.Way, dtype: torch.dtype, grid: Grid, c: AuroraConfig) -> bool:
     """Whether the backward gets the totals of the bumps (n, N) in place of s sigma(z) (r, N).
 
-    With them s sigma(z) takes a few operations more, without them every spline anew.
+    With them s sigma(z) takes an operation more, without them every spline anew.
     """
-    *_, grid, c, way, _ = others
-    smaller = (c.grid_size + c.spline_order) * grid.one.itemsize <= c.rank * x.itemsize
+    smaller = (c.grid_size + c.spline_order) * grid.one.itemsize <= c.rank * dtype.itemsize
     return way is _kernels.NEAR_BUMPS and c.spline_order > 1 and c.spline == "summed" and smaller
 
 
 class _AtOnce(torch.autograd.Function):
-    """x (N, in_features), A, B, H, w -> what `_forward` gives, which is constant in all the rest.
+    """x (..., in_features), A, B, H, w -> what `_forward` gives; it is constant in all the rest.
 
     z and s sigma(z) are outputs so that second derivatives pass through them.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, A, B, H, w, W, _, ctx.grid, ctx.config, ctx.way, ctx.dropout = inputs
-        ctx.dtype, ctx.scale = x.dtype, ctx.config.scaling
-        out, z, y, totals, mask = _forward(*inputs, keep=_keeps_totals(*inputs))
+        x, A, B, H, w, W, _, ctx.grid, ctx.config, ctx.dropout = inputs
+        ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, ctx.config.scaling
+        out, z, y, totals, mask = _forward(*inputs, learns=True)
+        ctx.way = _kernels.best_way(z.numel(), ctx.config)
         of_x, of_A, of_B, *_ = ctx.needs_input_grad
         kept = (x if of_A else None, A if of_x else None, y if of_B and totals is None else None)
         ctx.save_for_backward(*kept, totals, mask if of_x or of_A else None, B, H, w, W, z)
         ctx.save_for_forward(x, A, y, totals, mask, B, H, w, W, z)
         ctx.set_materialize_grads(False)
-        return out, z, y
+        return out.detach(), z, y  # it may be a view, which could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under checkpointing there is no second time
         with core.full_precision(saved[-1]):
-            return *_gradients(ctx, saved, grads, ctx.needs_input_grad), *[None] * 6
+            return *_gradients(ctx, saved, grads, ctx.needs_input_grad), *[None] * 5
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -162,7 +167,7 @@ class _AtOnce(torch.autograd.Function):
         given = [i for i, tangent in enumerate(tangents) if tangent is not None]
         needed = [i in given for i in range(3)]
         _, _, y, *_, W, z = saved = ctx.saved_tensors
-        start = z.new_zeros(z.shape[1], len(W), dtype=ctx.dtype), z * 0, y * 0
+        start = z.new_zeros(*ctx.shape[:-1], len(W), dtype=ctx.dtype), z * 0, y * 0
 
         def back(*grads: Tensor) -> list[Any]:
             found = _gradients(ctx, saved, grads, needed)
@@ -183,6 +188,7 @@ def _gradients(
     dtype = ctx.dtype
     if grad is None:
         grad = z.new_zeros(z.shape[1], len(W), dtype=dtype)
+    grad = as_rows(grad)
     through = narrow_product(as_dtype(B, dtype).t().contiguous(), grad)  # (r, N)
     through = as_dtype(through if of_y is None else through + of_y, z.dtype)
     H, w = as_dtype(H, z.dtype), as_dtype(w, z.dtype)
@@ -192,11 +198,12 @@ def _gradients(
     grad_z = grad_z * (1 / (1 - ctx.dropout)) if ctx.dropout else grad_z
     grad_x = grad_A = grad_B = None
     if needed[0]:
-        # Where all or none are batched.
+        # Only where all or none are batched.
         in_place = of_z is None and of_y is None and not is_transformed()
         W, A = as_dtype(W, dtype), as_dtype(A, dtype)
-        grad_x = _gradient_of_x(grad, W, grad_z, A, mask, in_place)
+        grad_x = _gradient_of_x(grad, W, grad_z, A, mask, in_place).view(ctx.shape)
     if needed[1]:
+        x = as_rows(x)
         grad_A = grad_z @ (x if mask is None else x * mask)
     if needed[2]:
         if y is None and totals is not None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from aurora import core
+from aurora import _layer, core
 from aurora._header import kept
 from aurora._shelf import (
     BASE,
@@ -316,7 +316,7 @@ class _Choice:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if self.order is None:
-            return self.add(self.groups[0], self.base(self.groups[0], *args, **kwargs), x)
+            return self.whole(self.groups[0], x, args, kwargs)
         if not isinstance(x, Tensor) or x.shape[:1] != self.order.shape:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             told = f"rows= names {len(self.order)} adapters, and a layer's input is {found}"
@@ -333,6 +333,20 @@ class _Choice:
             outs.append(self.add(group, out, part))
         return torch.cat(outs).index_select(0, self.order)
 
+    def whole(self, group: _Group, x: Any, args: Sequence[Any], kwargs: Any) -> Any:
+        """All rows with the same adapters; an only one as fast as the one in use."""
+        alone = len(group.adapters) == 1 and group.base is None and not self.off()
+        if alone and self.plain is nn.Linear.forward and len(args) == 1 and not kwargs:
+            training = self.module.training
+            out = _layer.at_once(self.module, x, *group.adapters[0], training)
+            if out is not None:
+                return out
+        return self.add(group, self.base(group, *args, **kwargs), x)
+
+    def off(self) -> bool:
+        """Whether a block of `disabled` is open."""
+        return bool(core._OFF.depth.get(id(self.module)))
+
     def base(self, group: _Group, *args: Any, **kwargs: Any) -> Any:
         """The module without adapters."""
         if group.base is None:
@@ -343,7 +357,7 @@ class _Choice:
 
     def add(self, group: _Group, out: Any, x: Any) -> Any:
         """Add the group's adapters, unless a block of `disabled` is open."""
-        if core._OFF.depth.get(id(self.module)):
+        if self.off():
             return out
         for A, B, anl in group.adapters:
             out = core.add_adapter(out, x, A, B, anl, self.module.training)

@@ -226,6 +226,20 @@ def fixed_table(rounds: int) -> str:
     return markdown_table(header, rows)
 
 
+def dropout_table(rounds: int) -> str:
+    """Training steps with dropout on the adapters' input, over PEFT's LoRA with the same."""
+    rows = []
+    for tokens, rank in ((256, 2), (2048, 2), (2048, 16)):
+        arguments: dict[str, Any] = {"width": 768, "tokens": tokens, "rank": rank, "dropout": 0.1}
+        steps = {name: make_step(name, **arguments) for name in (PEFT, OURS, CHANNEL)}
+        found = ratios(steps, rounds, PEFT)
+        peaks = [f"{peak_bytes(step) / 2**20:.1f}" for step in steps.values()]
+        place = f"one 768 x 768, {tokens} tokens, rank {rank}"
+        rows.append([place, found[OURS], found[CHANNEL], *peaks])
+    peaks = [f"{name}, peak MiB" for name in (PEFT, OURS, CHANNEL)]
+    return markdown_table([f"dropout 0.1, over {PEFT}", OURS, CHANNEL, *peaks], rows)
+
+
 def grid_table(rounds: int) -> str:
     """Training steps of a 768 x 768 layer with 2048 tokens on finer grids, over the grid of 5."""
     rows = []
@@ -403,6 +417,7 @@ def main(argv: Sequence[str]) -> None:
         show(memory_table(rival, 10**4 if options.quick else 10**6))
     show(single_figures(options.rounds))
     show(fixed_table(options.rounds))
+    show(dropout_table(options.rounds))
     show(grid_table(max(2, options.rounds // 4)))
     if options.device:
         show(gpu_table(options.rounds, options.device))
@@ -434,5 +449,5 @@ READING = (
     "accumulation of gradients. Bytes a token: what the graph keeps for the backward beside input "
     "and parameters. Times: contenders take turns, and the second of two steps counts; the median "
     "over rounds of the ratio, in brackets its quartiles. Peak: the most memory one training step "
-    "holds beside parameters and input. Float32, scaling 2, no dropout."
+    "holds beside parameters and input. Float32, scaling 2, and no dropout where none is named."
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support import disturb, everything, interrupted_at_every_line, make_model
+from support import disturb, everything, interrupted_at_every_line, is_at_once, make_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -95,6 +95,24 @@ def test_each_computes_what_it_computes_alone(model):
         assert aurora.adapter_names(model)[0] == name
         assert torch.equal(served(model), ALONE[name])
         compute_what_they_do_alone(model)
+
+
+def test_a_block_with_one_adapter_runs_as_fast_as_the_one_in_use():
+    """And gives the same bits where rounding depends on the way, as in products of this size."""
+    layer = nn.Linear(256, 128)
+    for name in ("a", "b"):
+        aurora.add_adapter(layer, name, "^$", rank=4, spline="per-channel")
+        disturb(layer)
+    x = torch.randn(3, 300, 256)
+    wanted = layer(x)
+    for inside, at_once in (("b", True), (["a", "b"], False), ([], False)):
+        aurora.set_adapter(layer, "a")
+        with aurora.use(layer, inside):
+            out = layer(x.requires_grad_())
+            assert is_at_once(out) == at_once
+            with aurora.disabled(layer):
+                assert torch.equal(layer(x), layer.base(x))
+        assert not at_once or torch.equal(out, wanted)
 
 
 def test_the_first_is_in_use_and_others_wait(files):

@@ -27,11 +27,12 @@ QUERY_VALUE = r".*attention\.self\.(query|value)"
 def adapt(name: str, model: nn.Module, targets: str, rank: int, **options: Any) -> nn.Module:
     """The model with a contender's adapters in the layers that match, scaling 2.
 
-    PEFT's kinds come wrapped.
+    PEFT's kinds come wrapped. Of the options, AuroRA's, LoRA of PEFT has the dropout.
     """
     if name == PEFT:
         peft = need("peft")
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+        same: dict[str, Any] = {"target_modules": targets, "lora_alpha": 2 * rank}
+        config = peft.LoraConfig(r=rank, lora_dropout=options.get("dropout", 0.0), **same)
         return peft.get_peft_model(model, config)  # type: ignore
     if name == BARE:
         return model
@@ -85,7 +86,7 @@ def make_step(
         out: outputs of the layer, as many as inputs unless given.
         device: of the layer.
         half: the base and its input are bfloat16.
-        **options: further ones of AuroRA, for a layer.
+        **options: further ones of AuroRA, for a layer; "dropout" is PEFT's too.
     """
     if not width:
         return _model_step(name, rank, compiled)
