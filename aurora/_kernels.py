@@ -81,7 +81,7 @@ def many_backward(
 ) -> tuple[Tensor | None, ...]:
     """`core.sigma_backward` in blocks, from the bumps that are not zero, or their totals.
 
-    F(z) with the totals only: they are what makes it of use.
+    F(z) comes only with the totals, as s sigma(z) follows from the two.
     """
     size, of_z, values, others = block_size(ctx.config), [], [], None
     blocks = torch.split(z, size, 1)

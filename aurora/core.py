@@ -615,7 +615,7 @@ def add_adapter(
 
 
 def narrow_product(A: Tensor, x: Tensor) -> Tensor:
-    """`A x` for A (r, in_features), x (N, in_features) -> (r, N); aurora/_kernels.py knows more."""
+    """`A x` for A (r, in_features), x (N, in_features) -> (r, N); see aurora/_operations.py."""
     return torch.mm(A, x.t()) if len(A) <= 12 else F.linear(x, A).t()
 
 
