@@ -42,8 +42,9 @@ def dropout_mask(x: Tensor, p: float) -> Tensor:
 
 def tanh(z: Tensor) -> Tensor:
     """tanh(z), to two units in the last place: for many numbers on a CPU in half PyTorch's time."""
-    derived = torch.compiler.is_compiling() or torch.is_grad_enabled() or is_transformed()
-    if derived or z.numel() < MANY or not z.is_cpu:
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
+    # PyTorch's has the better derivative.
+    if traced or torch.is_grad_enabled() or z.numel() < MANY or not z.is_cpu:
         return torch.tanh(z)
     e = F.hardtanh_(z * 2, -40, 40).expm1_()  # e^2z - 1, and no infinity; NaN stays
     return e.div_(e + 2)

@@ -18,6 +18,7 @@ VARIANTS = {
     "rank 20": {"rank": 20},
     "few weights": {"rank": 4, "grid_size": 1},
     "without F": {"fixed": False},
+    "without F, rank 20": {"fixed": False, "rank": 20},
     "without L": {"learnable": False},
     "between fixed projections": {"projections": "fixed", "init": "zero"},
     "sigmoid, quintic": {"activation": "sigmoid", "spline_order": 5, "grid_size": 9},
@@ -244,7 +245,7 @@ def test_forward_mode(monkeypatch, name):
     if name == "few weights":
         monkeypatch.setattr(_kernels, "FEW", 0)
     layer = make(torch.float64, **VARIANTS[name]).double()
-    x, along = torch.randn(2, 3, 12, dtype=torch.float64)
+    x, along = torch.randn(2, 3, 2, 12, dtype=torch.float64)
     with forward_ad.dual_level():
         out = layer(forward_ad.make_dual(x, along))
         found = forward_ad.unpack_dual(out).tangent

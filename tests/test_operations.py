@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from aurora import _operations, core
 
@@ -32,9 +33,16 @@ def test_narrow_products(processor, rank, rows):
     torch.testing.assert_close(found, A @ x.t(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("amd", "layout"), [(False, (6000, 1)), (True, (1, 2))])
+def test_each_processor_has_its_layout(monkeypatch, amd, layout):
+    """Rows of two numbers on AMD's, whose transpose is the product."""
+    monkeypatch.setattr(_operations, "AMD", amd)
+    assert _operations.narrow_product(torch.randn(2, 96), torch.randn(6000, 96)).stride() == layout
+
+
 def test_narrow_products_of_an_unknown_size_share_a_graph(processor):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     run = torch.compile(_operations.narrow_product, backend=counter, fullgraph=True, dynamic=True)
     A = torch.randn(2, 96)
     for rows in (3, 40, 6000):
