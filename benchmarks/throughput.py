@@ -327,7 +327,7 @@ class Axis(NamedTuple):
 
 AXES = (
     Axis("width", (256, 512, 768, 1024, 2048, 4096), True),
-    Axis("tokens", (256, 512, 1024, 2048, 4096, 8192, 16384), True),
+    Axis("tokens", (16, 64, 256, 1024, 2048, 4096, 16384), True),
     Axis("rank", (1, 2, 4, 8, 16, 32, 64), True),
     Axis("tokens", (1, 4, 16, 64, 256, 1024), False),
     Axis("rank", (1, 2, 4, 8, 16, 32, 64), False),
