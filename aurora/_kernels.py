@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aurora import core
-from aurora._operations import is_transformed
 from aurora.core import AuroraConfig, Grid, pieces
 
 FEW = 2**17  # numbers in the largest tensor of `core.sigma`, up to which it is the faster way
@@ -152,6 +151,11 @@ def _spline_backward(
 def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`total + a b`, in place, but for `torch.func` and `vmap`, which have no rule for that."""
     return (torch.addcmul if is_transformed() else Tensor.addcmul_)(total, a, b)
+
+
+def is_transformed() -> bool:
+    """Whether this runs under `torch.func` or `vmap`."""
+    return torch._C._are_functorch_transforms_active()
 
 
 class Near:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aurora import _kernels, core
-from aurora._operations import dropout_mask, is_transformed, narrow_product
+from aurora._operations import dropout_mask, narrow_product
 from aurora.core import ANL, AuroraConfig, AuroraLinear, Grid, as_dtype
 
 _one_by_one = AuroraLinear.adapted
@@ -57,7 +57,7 @@ def at_once(
         return None
     if c.mode == "static" or is_watched(anl):
         return None
-    if is_transformed():  # they have no rule for a product in place
+    if _kernels.is_transformed():  # they have no rule for a product in place
         return None
     autocast = torch._C._is_any_autocast_enabled() and core.autocast_is_on(x.device)
     if autocast and x.is_floating_point() and torch.float64 not in (x.dtype, W.dtype):
@@ -199,7 +199,7 @@ def _gradients(
     grad_x = grad_A = grad_B = None
     if needed[0]:
         # Only where all or none are batched.
-        in_place = of_z is None and of_y is None and not is_transformed()
+        in_place = of_z is None and of_y is None and not _kernels.is_transformed()
         W, A = as_dtype(W, dtype), as_dtype(A, dtype)
         grad_x = _gradient_of_x(grad, W, grad_z, A, mask, in_place).view(ctx.shape)
     if needed[1]:

@@ -50,10 +50,5 @@ def tanh(z: Tensor) -> Tensor:
     return e.div_(e + 2)
 
 
-def is_transformed() -> bool:
-    """Whether this runs under `torch.func` or `vmap`."""
-    return torch._C._are_functorch_transforms_active()
-
-
 core.narrow_product = narrow_product
 core._ACTIVATIONS["tanh"] = tanh

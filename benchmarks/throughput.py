@@ -228,15 +228,15 @@ def fixed_table(rounds: int) -> str:
 
 def dropout_table(rounds: int) -> str:
     """Training steps with dropout on the adapters' input, over PEFT's LoRA with the same."""
-    rows = []
+    rows, names = [], (PEFT, OURS, CHANNEL)
     for tokens, rank in ((256, 2), (2048, 2), (2048, 16)):
         arguments: dict[str, Any] = {"width": 768, "tokens": tokens, "rank": rank, "dropout": 0.1}
-        steps = {name: make_step(name, **arguments) for name in (PEFT, OURS, CHANNEL)}
+        steps = {name: make_step(name, **arguments) for name in names}
         found = ratios(steps, rounds, PEFT)
         peaks = [f"{peak_bytes(step) / 2**20:.1f}" for step in steps.values()]
         place = f"one 768 x 768, {tokens} tokens, rank {rank}"
         rows.append([place, found[OURS], found[CHANNEL], *peaks])
-    peaks = [f"{name}, peak MiB" for name in (PEFT, OURS, CHANNEL)]
+    peaks = [f"{name}, peak MiB" for name in names]
     return markdown_table([f"dropout 0.1, over {PEFT}", OURS, CHANNEL, *peaks], rows)
 
 

@@ -31,8 +31,12 @@ def adapt(name: str, model: nn.Module, targets: str, rank: int, **options: Any) 
     """
     if name == PEFT:
         peft = need("peft")
-        same: dict[str, Any] = {"target_modules": targets, "lora_alpha": 2 * rank}
-        config = peft.LoraConfig(r=rank, lora_dropout=options.get("dropout", 0.0), **same)
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=targets,
+            lora_dropout=options.get("dropout", 0.0),
+        )
         return peft.get_peft_model(model, config)  # type: ignore
     if name == BARE:
         return model
