@@ -1,10 +1,10 @@
-"""Sigma of many points: faster than `core.sigma`, and the same numbers but for rounding.
+"""Sigma without a compiler: faster than `core.sigma`, and the same numbers but for rounding.
 
-`core.sigma` is right for a compiler, which fuses its operations, and for few points, where what
-costs is the calls. For many points it is the arithmetic. Only k + 1 of all n bumps are not zero at
-a point. `many` looks these up, or the one polynomial that a spline is on the point's cell, and
-takes the points in blocks, which fit into a processor's cache and bound the memory. Shapes: r rank,
-N points, k spline order (degree), n spline weights a channel.
+`core.sigma` is right for a compiler, which fuses its operations. Without one, what costs for few
+points is the calls: `few` has fewer. For many points it is the arithmetic. Only k + 1 of all n
+bumps are not zero at a point. `many` looks these up, or the one polynomial that a spline is on the
+point's cell, and takes the points in blocks, which fit into a processor's cache and bound the
+memory. Shapes: r rank, N points, k spline order (degree), n spline weights a channel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 from aurora import core
 from aurora.core import AuroraConfig, Grid, pieces
 
-FEW = 2**17  # numbers in the largest tensor of `core.sigma`, up to which it is the faster way
+FEW = 2**18  # numbers in the largest tensor of all bumps, up to which they are the faster way
+COARSE = 16  # numbers that all bumps make of a point, up to which their totals are faster so
 BLOCK = 2**17  # numbers in the tensors of a block, for each of at most 8 threads
 
 
@@ -46,7 +47,7 @@ def evaluate(
 def best_way(numbers: int, c: AuroraConfig) -> core.Way:
     """The fastest way for a z of so many numbers, without a compiler."""
     few = not c.learnable or c.spread * numbers <= FEW
-    return core.ALL_BUMPS if few else NEAR_BUMPS
+    return ALL_BUMPS if few else NEAR_BUMPS
 
 
 def one_by_one(c: AuroraConfig) -> bool:
@@ -58,21 +59,46 @@ def one_by_one(c: AuroraConfig) -> bool:
     return c.spline == "per-channel" or 6 * c.rank**2 <= c.grid_size
 
 
+# --- All bumps, for few points --------------------------------------------------------------------
+
+
+def few(z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
+    """`core.sigma`, where products add up what sums do there: fewer and faster calls."""
+    fixed = fixed_part(z, H, c)
+    if w is None:
+        return scale * fixed
+    if c.spline == "summed":
+        return from_totals(all_totals(z, grid, c), fixed, w, scale)
+    terms = core.bump_terms(z, grid, c) * w.t().unsqueeze(1).unsqueeze(3)  # (n, I, r, N)
+    terms = terms.reshape(grid.by_bump.shape[1], z.numel())  # (n I, r N)
+    out = torch.addmm(fixed.reshape(1, -1), grid.by_bump, terms, beta=scale, alpha=scale)
+    return out.view(z.shape)
+
+
+def all_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
+    """Every bump's sum over the channels of z (r, N) -> (n, N)."""
+    terms = core.bump_terms(z, grid, c).flatten(1, 2)  # (n, I r, N)
+    return torch.bmm(grid.by_channel, terms).squeeze(1)
+
+
+ALL_BUMPS = core.Way(few, core.sigma_backward)
+
+
 # --- In blocks ------------------------------------------------------------------------------------
 
 
 def many(z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
-    """`core.sigma` in blocks, from the bumps that are not zero."""
-    # The mean slope of order 1 at a knot takes a bump more than are not zero there.
-    sigma = core.sigma if c.spline_order == 1 else _sigma
-    blocks = torch.split(z, block_size(c), 1)
+    """`core.sigma` in blocks, from the bumps that are not zero, or all if they are few."""
+    sigma = few if few_bumps(c) else _sigma
+    blocks = torch.split(z, block_size(c, few_bumps(c)), 1)
     return torch.cat([sigma(block, H, w, grid, c, scale) for block in blocks], 1)
 
 
 def many_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
     """Every bump's sum over the channels of z (r, N) -> (n, N), for an order above 1."""
-    blocks = torch.split(z, block_size(c), 1)
-    return torch.cat([Bumps(block, grid, c).totals() for block in blocks], 1)
+    totals: Any = all_totals if few_bumps(c) else lambda *block: Bumps(*block).totals()
+    blocks = torch.split(z, block_size(c, few_bumps(c)), 1)
+    return torch.cat([totals(block, grid, c) for block in blocks], 1)
 
 
 def many_backward(
@@ -82,13 +108,14 @@ def many_backward(
 
     F(z) comes only with the totals, as s sigma(z) follows from the two.
     """
-    size, of_z, values, others = block_size(ctx.config), [], [], None
+    # The mean slope of order 1 at a knot takes a bump more than are not zero there.
+    near = ctx.config.spline_order > 1
+    size, of_z, values, others = block_size(ctx.config, not near), [], [], None
     blocks = torch.split(z, size, 1)
     every = [None] * len(blocks) if totals is None else torch.split(totals, size, 1)
     for g, block, known in zip(torch.split(grad, size, 1), blocks, every, strict=True):
         spline: Any = functools.partial(_spline_backward, totals=known)
-        spline = spline if ctx.config.spline_order > 1 else None
-        grad_z, *rest, value = core.sigma_backward(ctx, g, block, H, w, spline)
+        grad_z, *rest, value = core.sigma_backward(ctx, g, block, H, w, spline if near else None)
         of_z.append(grad_z)
         if known is not None and value is not None:
             values.append(value)
@@ -103,13 +130,18 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if a is None or b is None else a + b
 
 
-def block_size(c: AuroraConfig) -> int:
+def few_bumps(c: AuroraConfig) -> bool:
+    """Whether sigma of many points takes all bumps too: for totals on a coarse grid, or order 1."""
+    return c.spline_order == 1 or (c.spline == "summed" and c.spread <= COARSE)
+
+
+def block_size(c: AuroraConfig, all_bumps: bool) -> int:
     """How many columns of z (r, N) to take at once."""
     column = 4 * c.rank
-    if c.spline == "summed":
-        column = column * c.rank if one_by_one(c) else max(column, c.grid_size)
-    if c.spline_order == 1:
+    if all_bumps:
         column = c.spread * c.rank
+    elif c.spline == "summed":
+        column = column * c.rank if one_by_one(c) else max(column, c.grid_size)
     return max(1, BLOCK * min(8, torch.get_num_threads()) // column)
 
 
@@ -137,15 +169,24 @@ def fixed_part(z: Tensor, H: Any, c: AuroraConfig) -> Tensor:
 
 
 def _spline_backward(
-    ctx: Any, grad: Tensor, z: Tensor, w: Tensor, totals: Tensor | None
+    ctx: Any,
+    grad: Tensor,
+    z: Tensor,
+    w: Tensor,
+    grad_z: Tensor,
+    slope: float,
+    totals: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of z (r, N), up to k s / h, and of the spline weights w (r, n)."""
+    """Gradients of z (r, N), added to `grad_z`, and of the spline weights w (r, n)."""
     if one_by_one(ctx.config):
-        of_z, of_w = Curves(z, ctx.grid, ctx.config).gradients(grad, w)
-        return of_z, of_w * ctx.scale
-    bumps = Bumps(z, ctx.grid, ctx.config)
-    totals = bumps.totals() if totals is None else totals
-    return bumps.slopes(w.t() @ grad), core.scaled_product(w, ctx.scale, grad, totals.t())
+        through, of_w = Curves(z, ctx.grid, ctx.config).gradients(grad, w)
+        grad_w = of_w * ctx.scale
+    else:
+        bumps = Bumps(z, ctx.grid, ctx.config)
+        totals = bumps.totals() if totals is None else totals
+        grad_w = core.scaled_product(w, ctx.scale, grad, totals.t())
+        through = bumps.slopes(w.t() @ grad)
+    return torch.add(grad_z, through, alpha=slope), grad_w
 
 
 def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def _load(
     title = f"{shown(path)} does not fit this model, nothing was loaded:"
     if problems:
         raise ValueError("\n".join(_listed(title, problems)))
-    merged = tuple(name for name in header.layers if core.is_merged(view.modules[name]))
+    merged = tuple(name for name in header.layers if _is_merged(view.modules[name]))
     if merged:
         what = "their weights have an adapter merged into them; this one adds to it"
         warnings.warn("\n".join(_listed(f"{what}:", map(shown, merged))), stacklevel=3)
@@ -167,6 +167,14 @@ def _load(
                 injected(model)
         _fill(model, tensors, title)
     return Loaded(path, tuple(header.layers), tuple(header.train), left, merged)
+
+
+def _is_merged(layer: nn.Module) -> bool:
+    """Whether a merge made the layer's weight, and nothing has changed it since."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return False
+    return getattr(weight, "_aurora_merged", None) == core.version(weight)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

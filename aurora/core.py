@@ -214,8 +214,9 @@ class Grid(NamedTuple):
 
     centers: Tensor  # (n, 1, 1, 1)
     reach: Tensor  # (I, 1, 1)
-    binomials: Tensor  # (I, 1, 1)
-    repeated: Tensor  # (I r,), each binomial once for every channel
+    binomials: Tensor  # (I, 1, 1), and as factors of products that add up
+    by_channel: Tensor  # (n, 1, I r): every bump over its pieces and the channels
+    by_bump: Tensor  # (1, n I): all bumps over their pieces
     pieces: Tensor  # (k + 1, k + 1), for aurora/_kernels.py
     one: Tensor  # ()
 
@@ -224,13 +225,12 @@ class Grid(NamedTuple):
         """The grid of a configuration."""
         k, terms = c.spline_order, range(c.spline_order // 2 + 1)
         make = functools.partial(torch.tensor, dtype=dtype, device=device)
-        first = c.grid_range[0] * c.cells_per_unit + (1 - k) / 2
-        centers = make([first + g for g in range(c.grid_size + k)])
-        binomials = make([(-1) ** i * math.comb(k + 1, i) / math.factorial(k) for i in terms])
-        reach = make([(k + 1) / 2 - i for i in terms])
-        binomials, reach = binomials.view(-1, 1, 1), reach.view(-1, 1, 1)
-        repeated, centers = binomials.flatten().repeat_interleave(c.rank), centers.view(-1, 1, 1, 1)
-        return cls(centers, reach, binomials, repeated, make(pieces(k)), make(1.0))
+        first, n = c.grid_range[0] * c.cells_per_unit + (1 - k) / 2, c.grid_size + k
+        centers = make([first + g for g in range(n)]).view(-1, 1, 1, 1)
+        reach = make([(k + 1) / 2 - i for i in terms]).view(-1, 1, 1)
+        b = make([(-1) ** i * math.comb(k + 1, i) / math.factorial(k) for i in terms])
+        products = b.repeat_interleave(c.rank).expand(n, 1, -1), b.repeat(n).view(1, -1)
+        return cls(centers, reach, b.view(-1, 1, 1), *products, make(pieces(k)), make(1.0))
 
 
 @functools.cache
@@ -257,16 +257,19 @@ def sigma(
     out = torch.zeros_like(z) if H is None else activation(H.mm(activation(z)))  # (r, N)
     if w is None:
         return scale * out
-    distance = torch.sub(grid.centers, z, alpha=config.cells_per_unit).abs_()  # (n, 1, r, N)
-    t, k = (grid.reach - distance).relu_(), config.spline_order  # (n, I, r, N)
-    terms = (t * t).mul_(t) if k == 3 else t**k  # in place: fresh memory costs most of the time
-    terms.mul_(grid.binomials)
+    terms = bump_terms(z, grid, config).mul_(grid.binomials)  # (n, I, r, N)
     if config.spline == "summed":  # every spline reads all channels: add up their bumps first
         totals = terms.sum((1, 2))  # (n, N)
         return torch.addmm(out, w, totals, beta=scale, alpha=scale)
     bumps = terms.sum(1).transpose(0, 1)  # (r, n, N): one product a channel
     out = torch.baddbmm(out.unsqueeze(1), w.unsqueeze(1), bumps, beta=scale, alpha=scale)
     return out.squeeze(1)  # from (r, 1, N)
+
+
+def bump_terms(z: Tensor, grid: Grid, config: AuroraConfig) -> Tensor:
+    """`t_i^k` of every bump at z (r, N) -> (n, I, r, N)."""
+    distance = torch.sub(grid.centers, z, alpha=config.cells_per_unit).abs_()  # (n, 1, r, N)
+    return torch.pow((grid.reach - distance).relu_(), config.spline_order)
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -1206,19 +1209,14 @@ def static_merge(model: nn.Module) -> list[str]:
 
 
 def merged_parameter(weight: Tensor, requires_grad: bool) -> nn.Parameter:
-    """A weight with an adapter merged into it, which `is_merged` knows until it is changed."""
+    """A weight with an adapter merged into it, which aurora/checkpoint.py knows by its mark."""
     parameter = nn.Parameter(weight, requires_grad)
-    parameter._aurora_merged = _version(parameter)  # type: ignore[attr-defined]
+    parameter._aurora_merged = version(parameter)  # type: ignore[attr-defined]
     return parameter
 
 
-def is_merged(layer: nn.Module) -> bool:
-    """Whether a merge made the layer's weight, and nothing has changed it since."""
-    weight = layer._parameters.get("weight")
-    return weight is not None and getattr(weight, "_aurora_merged", None) == _version(weight)
-
-
-def _version(t: Tensor) -> int:
+def version(t: Tensor) -> int:
+    """Which changes when the tensor is changed in place."""
     return 0 if t.is_inference() else t._version
 
 
@@ -1266,8 +1264,7 @@ class _Sigma(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        # The backward is linear in the gradient it is given; its transpose is the derivative
-        # along the tangents.
+        # The backward is linear in the gradient; its transpose is the derivative along tangents.
         given = [i for i, primal in enumerate(ctx.saved_tensors) if primal is not None]
         start = torch.zeros_like(ctx.saved_tensors[0])
         back: Any = lambda grad: [_Sigma.backward(ctx, grad)[i] for i in given]  # noqa: E731
@@ -1280,16 +1277,13 @@ def sigma_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of z (r, N), H (r, r) and the spline weights w (r, n), and F(z), which they need.
 
-    spline: what gives the splines' part, if not the function below.
+    spline: what adds the splines' part, if not the function below.
     """
-    grad_z = grad_H = grad_w = value = None
-    if H is not None:
-        grad_z, grad_H, value = _fixed_backward(ctx, grad, z, H)
-    if w is not None:
-        through, grad_w = (spline or _spline_backward)(ctx, grad, z, w)
-        grad_z = torch.zeros_like(z) if grad_z is None else grad_z
-        slope = ctx.config.spline_order * ctx.config.cells_per_unit * ctx.scale
-        grad_z = torch.add(grad_z, through, alpha=slope)
+    grad_z, grad_H, value = _fixed_backward(ctx, grad, z, H)
+    if w is None:
+        return grad_z, grad_H, None, value
+    slope = ctx.config.spline_order * ctx.config.cells_per_unit * ctx.scale
+    grad_z, grad_w = (spline or _spline_backward)(ctx, grad, z, w, grad_z, slope)
     return grad_z, grad_H, grad_w, value
 
 
@@ -1298,8 +1292,10 @@ def scaled_product(like: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(like, a, b, beta=0, alpha=scale)
 
 
-def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor | None) -> tuple[Any, ...]:
     """Gradients of z (r, N) and H (r, r) through F, and F(z)."""
+    if H is None:
+        return torch.zeros_like(z), None, None
     activation = _ACTIVATIONS[ctx.config.activation]
     derivative = _DERIVATIVES[ctx.config.activation]
     inner = activation(z)  # (r, N)
@@ -1309,8 +1305,10 @@ def _fixed_backward(ctx: Any, grad: Tensor, z: Tensor, H: Tensor) -> tuple[Tenso
     return grad_z, scaled_product(H, ctx.scale, outer, inner.t()), value
 
 
-def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of z, up to k s / h, and of the spline weights, from all bumps."""
+def _spline_backward(
+    ctx: Any, grad: Tensor, z: Tensor, w: Tensor, grad_z: Tensor, slope: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of z, added to `grad_z`, and of the spline weights, from all bumps."""
     grid, k, ((r, N), n) = ctx.grid, ctx.config.spline_order, (z.shape, w.shape[1])
     d = torch.sub(grid.centers, z, alpha=ctx.config.cells_per_unit)  # (n, 1, r, N)
     # Not sgn, whose 0 would wipe out second derivatives; at a corner of order 1, the mean slope.
@@ -1318,17 +1316,19 @@ def _spline_backward(ctx: Any, grad: Tensor, z: Tensor, w: Tensor) -> tuple[Tens
     edge = torch.addcmul(grid.reach, sign, d, value=-1)  # (n, I, r, N)
     t = F.relu(edge) if k == 1 else edge.relu_()
     power = (edge.sign() + 1) / 2 if k == 1 else t ** (k - 1)
-    binomials = grid.binomials.view(1, 1, -1).expand(n, 1, -1)  # (n, 1, I)
-    slopes = torch.bmm(binomials, power.flatten(2)).view(n, r, N).mul_(sign.squeeze(1))
-    multiply = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # t is no longer needed
-    if ctx.config.spline == "summed":
-        each = grid.repeated.expand(n, 1, -1)  # (n, 1, I r)
-        totals = torch.bmm(each, multiply(t, power).flatten(1, 2)).squeeze(1)  # (n, N)
-        grad_w = scaled_product(w, ctx.scale, grad, totals.t())
-        return (slopes * (w.t() @ grad).unsqueeze(1)).sum(0), grad_w
-    bumps = torch.bmm(binomials, multiply(t, power).flatten(2)).view(n, r, N)
-    grad_w = torch.bmm(grad.unsqueeze(1), bumps.permute(1, 2, 0)).squeeze(1) * ctx.scale
-    return torch.bmm(w.unsqueeze(1), slopes.transpose(0, 1)).squeeze(1) * grad, grad_w
+    multiply = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # each is needed once more
+    bumps, slopes = multiply(t, power), multiply(power, sign)
+    summed = ctx.config.spline == "summed"
+    of_bumps = (w.t() @ grad).unsqueeze(1) if summed else w.t().unsqueeze(2) * grad
+    each = (slopes * of_bumps.unsqueeze(1)).reshape(grid.by_bump.shape[1], r * N)
+    grad_z = torch.addmm(grad_z.reshape(1, -1), grid.by_bump, each, alpha=slope).view(r, N)
+    if summed:
+        totals = torch.bmm(grid.by_channel, bumps.flatten(1, 2)).squeeze(1)  # (n, N)
+        return grad_z, scaled_product(w, ctx.scale, grad, totals.t())
+    binomials = grid.binomials.view(1, 1, -1).expand(n, 1, -1)
+    bumps = torch.bmm(binomials, bumps.flatten(2)).view(n, r, N).permute(1, 2, 0)  # (r, N, n)
+    like, rows = w.unsqueeze(1), grad.unsqueeze(1)  # (r, 1, n), (r, 1, N)
+    return grad_z, torch.baddbmm(like, rows, bumps, beta=0, alpha=ctx.scale).squeeze(1)
 
 
 ALL_BUMPS = Way(sigma, sigma_backward)
