@@ -69,10 +69,9 @@ def few(z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float) ->
         return scale * fixed
     if c.spline == "summed":
         return from_totals(all_totals(z, grid, c), fixed, w, scale)
-    terms = core.bump_terms(z, grid, c) * w.t().unsqueeze(1).unsqueeze(3)  # (n, I, r, N)
-    terms = terms.reshape(grid.by_bump.shape[1], z.numel())  # (n I, r N)
-    out = torch.addmm(fixed.reshape(1, -1), grid.by_bump, terms, beta=scale, alpha=scale)
-    return out.view(z.shape)
+    terms = core.bump_terms(z, grid, c) * w.t().view(w.shape[1], 1, -1, 1)  # (n, I, r, N)
+    terms, row = terms.reshape(grid.by_bump.shape[1], -1), fixed.reshape(1, -1)  # (n I, r N)
+    return torch.addmm(row, grid.by_bump, terms, beta=scale, alpha=scale).view_as(z)
 
 
 def all_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:

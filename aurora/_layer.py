@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aurora import _kernels, core
-from aurora._operations import dropout_mask, narrow_product
+from aurora._operations import dropout_mask, narrow_product, transposed
 from aurora.core import ANL, AuroraConfig, AuroraLinear, Grid, as_dtype
 
 _one_by_one = AuroraLinear.adapted
@@ -118,7 +118,7 @@ def _forward(*inputs: Any, learns: bool = False) -> tuple[Tensor, Tensor, Tensor
     else:
         y = way.forward(z, H, w, grid, c, c.scaling)
     y = as_dtype(y, dtype)
-    as_rows(out).addmm_(y.t(), B.t())
+    as_rows(out).addmm_(transposed(y), B.t())
     return out, z, y, totals, mask
 
 

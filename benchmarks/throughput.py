@@ -173,7 +173,7 @@ def _over_peft(rounds: int, arguments: Mapping[str, Any]) -> list[str]:
 
 
 # Width, tokens and rank.
-FEW = ((768, 1, 2), (768, 1, 16), (2048, 1, 2), (768, 16, 2))
+FEW = ((768, 1, 2), (768, 1, 16), (2048, 1, 2), (768, 4, 16), (768, 16, 2))
 
 
 def inference_table(rival: Rival | None, rounds: int, generated: int) -> str:

@@ -98,6 +98,16 @@ def test_the_reference_is_a_spline_basis():
     assert bases(np.array(0.0), 4, 1, -1, 1).tolist() == [0, 0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("spline", ["summed", "per-channel"])
+@pytest.mark.parametrize("order", range(1, 9))
+@pytest.mark.parametrize("fixed", [True, False])
+def test_fewer_calls_give_what_the_definition_gives(spline, order, fixed):
+    anl = make(spline=spline, spline_order=order, fixed=fixed)
+    z = points(anl.config, torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(anl(z, 0.7), plain(anl, z, 0.7), rtol=0, atol=1e-13)
+
+
 @given(st.floats(-4, 4), st.integers(1, 8), st.integers(1, 12))
 def test_every_order_is_a_partition_of_unity_on_the_grid(t, order, grid_size):
     anl = make(rank=1, fixed=False, spline="per-channel", spline_order=order, grid_size=grid_size)

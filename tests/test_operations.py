@@ -27,7 +27,7 @@ def test_they_are_in_core():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 7, 16, 80])
-@pytest.mark.parametrize("rows", [0, 1, 40, 1500, 6000])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 40, 1500, 6000])
 def test_narrow_products(processor, rank, rows):
     A, x = torch.randn(rank, 96, dtype=torch.float64), torch.randn(rows, 96, dtype=torch.float64)
     found = _operations.narrow_product(A, x)
@@ -41,11 +41,20 @@ def test_each_processor_has_its_layout(monkeypatch, amd, layout):
     assert _operations.narrow_product(torch.randn(2, 96), torch.randn(6000, 96)).stride() == layout
 
 
-def test_narrow_products_of_an_unknown_size_share_a_graph(processor):
+def test_few_rows_have_the_layout_in_which_products_are_fast():
+    for rows in (0, 1, 2, 7, 8, 20):
+        y = torch.randn(3, rows)
+        found = _operations.transposed(y)
+        assert torch.equal(found, y.t())
+        assert found.is_contiguous() == (rows < 8)
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_narrow_products_of_an_unknown_size_share_a_graph(processor, rank):
     torch._dynamo.reset()
     counter = CompileCounter()
     run = torch.compile(_operations.narrow_product, backend=counter, fullgraph=True, dynamic=True)
-    A = torch.randn(2, 96)
+    A = torch.randn(rank, 96)
     for rows in (3, 40, 6000):
         x = torch.randn(rows, 96)
         torch.testing.assert_close(run(A, x), A @ x.t(), rtol=0, atol=1e-4)
@@ -85,6 +94,18 @@ def test_tanh_leaves_derivatives_to_pytorch():
 
 
 # ---- Dropout's mask ----
+
+
+def test_the_mask_does_not_depend_on_the_default_dtype():
+    """bfloat16 has no random number between 0 and 1 / 256."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mask = _operations.dropout_mask(torch.empty(1000, 400, dtype=torch.float32), 0.001)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert mask.dtype == torch.float32
+    assert 300 <= (mask == 0).sum() <= 500
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
