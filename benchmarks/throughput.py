@@ -188,7 +188,7 @@ def inference_table(rival: Rival | None, rounds: int, generated: int) -> str:
         rows.append([place, *(found[name] for name in CONTENDERS[1:]), beside])
     if generated:
         steps = {name: make_generation(name, generated) for name in CONTENDERS}
-        found = ratios(steps, max(3, rounds // 8), PEFT)
+        found = ratios(steps, max(3, rounds // 2), PEFT)
         place = f"SmolLM2-135M, all linear layers, {generated} tokens generated"
         rows.append([place, *(found[name] for name in CONTENDERS[1:]), "-"])
     header = [f"inference over {PEFT}", *CONTENDERS[1:], f"AuroRA over {RIVAL}"]

@@ -31,8 +31,8 @@ def layer(**options) -> AuroraLinear:
 @pytest.mark.parametrize("rank", [1, 2, 8])
 def test_operators_and_bytes(name, rank):
     found = steps.count_layer(layer(rank=rank, **VARIANTS[name]), 64)
-    assert found.forward <= 16
-    assert found.backward <= 32
+    assert found.forward <= 14
+    assert found.backward <= 30
     assert found.saved <= 8 * rank
 
 
