@@ -22,7 +22,7 @@ from aurora import core
 from aurora.core import AuroraConfig, Grid, pieces
 
 FEW = 2**18  # numbers in the largest tensor of all bumps, up to which they are the faster way
-COARSE = 16  # numbers that all bumps make of a point, up to which their totals are faster so
+COARSE = 16  # numbers that all bumps make of a point, up to which totals take them all as well
 BLOCK = 2**17  # numbers in the tensors of a block, for each of at most 8 threads
 
 
@@ -46,8 +46,7 @@ def evaluate(
 
 def best_way(numbers: int, c: AuroraConfig) -> core.Way:
     """The fastest way for a z of so many numbers, without a compiler."""
-    few = not c.learnable or c.spread * numbers <= FEW
-    return ALL_BUMPS if few else NEAR_BUMPS
+    return ALL_BUMPS if not c.learnable or c.spread * numbers <= FEW else NEAR_BUMPS
 
 
 def one_by_one(c: AuroraConfig) -> bool:

@@ -1316,7 +1316,7 @@ def _spline_backward(
     edge = torch.addcmul(grid.reach, sign, d, value=-1)  # (n, I, r, N)
     t = F.relu(edge) if k == 1 else edge.relu_()
     power = (edge.sign() + 1) / 2 if k == 1 else t ** (k - 1)
-    multiply = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # each is needed once more
+    multiply = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # neither is needed again
     bumps, slopes = multiply(t, power), multiply(power, sign)
     summed = ctx.config.spline == "summed"
     of_bumps = (w.t() @ grad).unsqueeze(1) if summed else w.t().unsqueeze(2) * grad
