@@ -87,15 +87,17 @@ ALL_BUMPS = core.Way(few, core.sigma_backward)
 
 def many(z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
     """`core.sigma` in blocks, from the bumps that are not zero, or all if they are few."""
-    sigma = few if few_bumps(c) else _sigma
-    blocks = torch.split(z, block_size(c, few_bumps(c)), 1)
+    all_bumps = few_bumps(c)
+    sigma = few if all_bumps else _sigma
+    blocks = torch.split(z, block_size(c, all_bumps), 1)
     return torch.cat([sigma(block, H, w, grid, c, scale) for block in blocks], 1)
 
 
 def many_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
     """Every bump's sum over the channels of z (r, N) -> (n, N), for an order above 1."""
-    totals: Any = all_totals if few_bumps(c) else lambda *block: Bumps(*block).totals()
-    blocks = torch.split(z, block_size(c, few_bumps(c)), 1)
+    all_bumps = few_bumps(c)
+    totals = all_totals if all_bumps else near_totals
+    blocks = torch.split(z, block_size(c, all_bumps), 1)
     return torch.cat([totals(block, grid, c) for block in blocks], 1)
 
 
@@ -151,8 +153,13 @@ NEAR_BUMPS = core.Way(many, many_backward)
 
 def _sigma(z: Tensor, H: Any, w: Tensor, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
     if not one_by_one(c):
-        return from_totals(Bumps(z, grid, c).totals(), fixed_part(z, H, c), w, scale)
+        return from_totals(near_totals(z, grid, c), fixed_part(z, H, c), w, scale)
     return (fixed_part(z, H, c) + Curves(z, grid, c).values(w)).mul_(scale)
+
+
+def near_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
+    """`all_totals`, (r, N) -> (n, N), from the bumps that are not zero."""
+    return Bumps(z, grid, c).totals()
 
 
 def from_totals(totals: Tensor, fixed: Tensor, w: Tensor, scale: float) -> Tensor:

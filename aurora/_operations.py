@@ -23,11 +23,11 @@ FEW = 8  # rows, below which MKL takes up to 15 times as long for some layouts a
 def narrow_product(A: Tensor, x: Tensor) -> Tensor:
     """`A x` for A (r, in_features), x (N, in_features) -> (r, N), in the layout that is fastest."""
     r, numbers = A.shape[0], 0 if torch.compiler.is_compiling() else x.numel()  # 0: not known
-    if r > 12 and numbers and 1 < x.shape[0] < FEW:
-        return F.linear(x, A).t()
     # Few columns take up to five times less time than few rows, but read x for every three anew.
     # On AMD's processors it is the few rows that take up to four times less.
-    if 0 < numbers <= 2**17 or (numbers and r >= 64):
+    if numbers and r > 12 and 1 < x.shape[0] < FEW:
+        columns = False
+    elif 0 < numbers <= 2**17 or (numbers and r >= 64):
         columns = True
     elif AMD and r <= 6 and x.is_cpu:
         columns = r == 1

@@ -172,9 +172,7 @@ def _load(
 def _is_merged(layer: nn.Module) -> bool:
     """Whether a merge made the layer's weight, and nothing has changed it since."""
     weight = layer._parameters.get("weight")
-    if weight is None:
-        return False
-    return getattr(weight, "_aurora_merged", None) == core.version(weight)
+    return weight is not None and getattr(weight, "_aurora_merged", None) == core.version(weight)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

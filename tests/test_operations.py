@@ -110,7 +110,7 @@ def test_the_mask_does_not_depend_on_the_default_dtype():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
-def test_the_mask_leaves_out_a_share(processor, p, dtype):
+def test_the_mask_leaves_out_a_share(p, dtype):
     torch.manual_seed(0)
     mask = _operations.dropout_mask(torch.empty(300, 400, dtype=dtype), p)
     assert mask.shape == (300, 400)
