@@ -24,14 +24,15 @@ class _Interrupt:
     """Raises at the n-th line that runs in a file of the package; never if n is -1."""
 
     def __init__(self, n: int, error: type[BaseException]) -> None:
-        self.n, self.error, self.lines = n, error, 0
+        self.n, self.error = n, error
+        self.lines: list[tuple[str, int]] = []  # (file, line) of what ran
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
         if not frame.f_code.co_filename.startswith(_PACKAGE):
             return None
         if event == "line":
-            self.lines += 1
-            if self.lines - 1 == self.n:
+            self.lines.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(self.lines) - 1 == self.n:
                 raise self.error(f"line {frame.f_lineno} of {frame.f_code.co_filename}")
         return self
 
@@ -57,14 +58,14 @@ def interrupted_at_every_line(
     check: Callable[[T, bool], object],
     *,
     error: type[BaseException] = KeyboardInterrupt,
-    every: int = 1,
 ) -> int:
-    """Plant an exception at every line event in aurora/ while `action` runs, one run for each.
+    """Plant an exception at every line of aurora/ that `action` runs, one run for each.
 
-    For every line that runs (again, if it runs again), `prepare()` makes a fresh subject,
-    `action(subject)` is interrupted at that line, and `check(subject, False)` must find it whole,
-    as before or as after. A last, undisturbed run ends with `check(subject, True)`, so that a
-    check cannot pass because nothing ever happens.
+    A line that runs many times is interrupted the first time and the last: before a loop has done
+    anything, and where it has done all but its end. Each time `prepare()` makes a fresh subject,
+    `action(subject)` is interrupted, and `check(subject, False)` must find it whole, as before or
+    as after. An undisturbed run ends with `check(subject, True)`, so that a check cannot pass
+    because nothing ever happens.
 
         def check(model, finished):
             assert describe(model) in ([after] if finished else [before, after])
@@ -77,7 +78,6 @@ def interrupted_at_every_line(
             what is cached for good at the first call.
         check: Asserts; gets the subject, and whether the action went through undisturbed.
         error: What is raised.
-        every: At every so many line events only, where there are thousands.
 
     Returns:
         How many interrupts were planted.
@@ -87,13 +87,18 @@ def interrupted_at_every_line(
         trace = _Interrupt(-1, error)
         assert not trace.during(action, subject)
     check(subject, True)
-    assert trace.lines > 0, "the action runs no line of aurora/"
-    for n in range(0, trace.lines, every):
+    assert trace.lines, "the action runs no line of aurora/"
+    first, last = {}, {}
+    for n, line in enumerate(trace.lines):
+        first.setdefault(line, n)
+        last[line] = n
+    places = sorted({*first.values(), *last.values()})
+    for n in places:
         subject = prepare()
         planted = _Interrupt(n, error)
         assert planted.during(action, subject), f"line event {n} was not reached"
         check(subject, False)
-    return trace.lines
+    return len(places)
 
 
 def everything(model: nn.Module) -> list[Any]:

@@ -526,7 +526,7 @@ def test_an_interrupt_at_any_line_of_load_leaves_the_model_as_before_or_as_after
         assert list(core.layers(model)) == ["2"]
 
     planted = interrupted_at_every_line(prepare, lambda m: aurora.load(m, path), check)
-    assert planted > 1_000
+    assert planted > 300
 
 
 def test_an_interrupt_in_the_copying_leaves_the_values_as_before_or_as_after():
@@ -541,7 +541,7 @@ def test_an_interrupt_in_the_copying_leaves_the_values_as_before_or_as_after():
     def action(model):
         aurora.load_adapter_state_dict(model, state)
 
-    assert interrupted_at_every_line(lambda: trained(0), action, check) > 300
+    assert interrupted_at_every_line(lambda: trained(0), action, check) > 100
 
 
 @pytest.mark.parametrize("merge", [core.static_merge, aurora.merge])

@@ -83,8 +83,7 @@ def test_an_interrupt_at_any_line_leaves_the_model_before_or_after(name):
     def check(model, done):
         assert told(model) in ([after] if done else [before, after])
 
-    many = name == "calibrated merge"  # it runs the model, through the same lines again and again
-    assert interrupted_at_every_line(seeded, act, check, every=7 if many else 1) > 20
+    assert interrupted_at_every_line(seeded, act, check) > 20
 
 
 def test_an_interrupt_of_unmerge_leaves_the_model_merged_or_adapted():
