@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ VERSION = 2
 # What files of version 1, of release 0.1.0, leave unsaid.
 _UNSAID = {"init": "paper", "projections": "trained"}
 
-Shapes: TypeAlias = dict[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,15 +68,21 @@ def few(z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float) ->
         return scale * fixed
     if c.spline == "summed":
         return from_totals(all_totals(z, grid, c), fixed, w, scale)
-    terms = core.bump_terms(z, grid, c) * w.t().view(w.shape[1], 1, -1, 1)  # (n, I, r, N)
+    terms = bump_terms(z, grid, c) * w.t().view(w.shape[1], 1, -1, 1)  # (n, I, r, N)
     terms, row = terms.reshape(grid.by_bump.shape[1], -1), fixed.reshape(1, -1)  # (n I, r N)
     return torch.addmm(row, grid.by_bump, terms, beta=scale, alpha=scale).view_as(z)
 
 
 def all_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
     """Every bump's sum over the channels of z (r, N) -> (n, N)."""
-    terms = core.bump_terms(z, grid, c).flatten(1, 2)  # (n, I r, N)
+    terms = bump_terms(z, grid, c).flatten(1, 2)  # (n, I r, N)
     return torch.bmm(grid.by_channel, terms).squeeze(1)
+
+
+def bump_terms(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
+    """`t_i^k` of every bump at z (r, N) -> (n, I, r, N)."""
+    power = torch.pow if torch.is_grad_enabled() else Tensor.pow_  # derivatives need what it was
+    return power(core.bump_depths(z, grid, c), c.spline_order)
 
 
 ALL_BUMPS = core.Way(few, core.sigma_backward)

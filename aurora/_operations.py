@@ -1,6 +1,7 @@
 """Operations by a faster way than PyTorch's own, where one is known for a processor.
 
-`narrow_product` and `tanh` put themselves into core. The numbers are the same but for rounding.
+`narrow_product`, `transposed` and `tanh` put themselves into core. The numbers are the same but for
+rounding.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def narrow_product(A: Tensor, x: Tensor) -> Tensor:
 
 def transposed(y: Tensor) -> Tensor:
     """y^T for y (r, N) -> (N, r), in the layout that is fastest for its product with `B^T`."""
-    return y.t().contiguous() if 1 < y.shape[1] < FEW else y.t()
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
+    return y.t().contiguous() if not traced and 1 < y.shape[1] < FEW else y.t()
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
@@ -58,6 +60,6 @@ def tanh(z: Tensor) -> Tensor:
     return e.div_(e + 2)
 
 
-core.narrow_product = narrow_product
+core.narrow_product, core.transposed = narrow_product, transposed
 if AMD:  # on Intel's MKL takes a third of the time of this
     core._ACTIVATIONS["tanh"] = tanh

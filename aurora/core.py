@@ -28,17 +28,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    TypeAlias,
-    TypedDict,
-    cast,
-    get_args,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +39,11 @@ if TYPE_CHECKING:
 
 # ---- Options --------------------------------------------------------------------------------
 
-Mode: TypeAlias = Literal["dynamic", "static"]
-Spline: TypeAlias = Literal["summed", "per-channel"]
-Activation: TypeAlias = Literal["tanh", "leaky_relu", "sigmoid", "identity"]
-Init: TypeAlias = Literal["paper", "identity", "zero"]
-Projections: TypeAlias = Literal["trained", "fixed"]
+Mode = Literal["dynamic", "static"]
+Spline = Literal["summed", "per-channel"]
+Activation = Literal["tanh", "leaky_relu", "sigmoid", "identity"]
+Init = Literal["paper", "identity", "zero"]
+Projections = Literal["trained", "fixed"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -257,7 +247,8 @@ def sigma(
     out = torch.zeros_like(z) if H is None else activation(H.mm(activation(z)))  # (r, N)
     if w is None:
         return scale * out
-    terms = bump_terms(z, grid, config).mul_(grid.binomials)  # (n, I, r, N)
+    depths = bump_depths(z, grid, config)
+    terms = (depths**config.spline_order).mul_(grid.binomials)  # (n, I, r, N)
     if config.spline == "summed":  # every spline reads all channels: add up their bumps first
         totals = terms.sum((1, 2))  # (n, N)
         return torch.addmm(out, w, totals, beta=scale, alpha=scale)
@@ -266,10 +257,10 @@ def sigma(
     return out.squeeze(1)  # from (r, 1, N)
 
 
-def bump_terms(z: Tensor, grid: Grid, config: AuroraConfig) -> Tensor:
-    """`t_i^k` of every bump at z (r, N) -> (n, I, r, N)."""
+def bump_depths(z: Tensor, grid: Grid, config: AuroraConfig) -> Tensor:
+    """`t_i` of every bump: how deep z (r, N) lies in it and in its pieces -> (n, I, r, N)."""
     distance = torch.sub(grid.centers, z, alpha=config.cells_per_unit).abs_()  # (n, 1, r, N)
-    return torch.pow((grid.reach - distance).relu_(), config.spline_order)
+    return (grid.reach - distance).relu_()
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -610,7 +601,7 @@ def add_adapter(
         y = narrow_product(down, x.reshape(-1, x.shape[-1]))
     if dynamic:
         y = anl(y, c.scaling, columns=True)
-    y = as_dtype(y, out.dtype).t()  # (N, r)
+    y = transposed(as_dtype(y, out.dtype))  # (N, r)
     # One pass over the output, where product, scaling and sum would take three.
     if out.dim() == 2:
         return torch.addmm(out, y, up)
@@ -620,6 +611,11 @@ def add_adapter(
 def narrow_product(A: Tensor, x: Tensor) -> Tensor:
     """`A x` for A (r, in_features), x (N, in_features) -> (r, N); see aurora/_operations.py."""
     return torch.mm(A, x.t()) if len(A) <= 12 else F.linear(x, A).t()
+
+
+def transposed(y: Tensor) -> Tensor:
+    """y^T for y (r, N) -> (N, r); see aurora/_operations.py."""
+    return y.t()
 
 
 @functools.cache
@@ -873,7 +869,7 @@ def watching(
 
 # ---- inject, remove, disabled, parameters ---------------------------------------------------
 
-Target: TypeAlias = str | Callable[[str, nn.Module], bool]
+Target = str | Callable[[str, nn.Module], bool]
 
 
 class Injection(NamedTuple):

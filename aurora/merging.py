@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from aurora._fit import Moments as Moments
 from aurora._fit import fit as fit
 from aurora._fit import norm
 
-Method: TypeAlias = Literal["static", "linear", "calibrated"]
+Method = Literal["static", "linear", "calibrated"]
 
 # ---- Running the model over batches ----------------------------------------------------------
 

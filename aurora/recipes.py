@@ -19,7 +19,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def recommended(rank: int = 2, **options: Unpack[core.Options]) -> core.AuroraCo
 
 # --- The start from the gradient -----------------------------------------------------------------
 
-_Starts: TypeAlias = dict[str, list[tuple[nn.Parameter, Tensor]]]  # layer -> (parameter, value)
+_Starts = dict[str, list[tuple[nn.Parameter, Tensor]]]  # layer -> (parameter, value)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ def processor(request, monkeypatch):
 
 def test_they_are_in_core():
     assert core.narrow_product is _operations.narrow_product
+    assert core.transposed is _operations.transposed
     expected = _operations.tanh if _operations.AMD else torch.tanh
     assert core._ACTIVATIONS["tanh"] is expected
 
@@ -50,14 +51,18 @@ def test_few_rows_have_the_layout_in_which_products_are_fast():
 
 
 @pytest.mark.parametrize("rank", [2, 16])
-def test_narrow_products_of_an_unknown_size_share_a_graph(processor, rank):
+def test_products_of_an_unknown_size_share_a_graph(processor, rank):
     torch._dynamo.reset()
     counter = CompileCounter()
-    run = torch.compile(_operations.narrow_product, backend=counter, fullgraph=True, dynamic=True)
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def run(A, x):
+        return _operations.transposed(_operations.narrow_product(A, x))
+
     A = torch.randn(rank, 96)
     for rows in (3, 40, 6000):
         x = torch.randn(rows, 96)
-        torch.testing.assert_close(run(A, x), A @ x.t(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(run(A, x), x @ A.t(), rtol=0, atol=1e-4)
     assert counter.frame_count == 1
 
 

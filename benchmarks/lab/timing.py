@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import statistics
 import time
@@ -27,6 +28,20 @@ def second_of_two(step: Callable[[], object]) -> float:
     """Seconds of a step that follows itself, as in use: its code and weights are in the caches."""
     step()
     return seconds(step)
+
+
+def keep_memory() -> bool:
+    """From now on this process keeps the memory that it frees. Whether the C library can.
+
+    glibc gives large pieces back to the system, or not, by what was freed before. To ask for them
+    anew took up to half of a training step, so that a ratio says as much about the allocator.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no glibc: macOS, Windows
+        return False
+    at_most_mapped, trim_from = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    return bool(set_option(at_most_mapped, 0) and set_option(trim_from, 2**31 - 1))
 
 
 def interleave(
