@@ -73,6 +73,22 @@ def few(z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float) ->
     return torch.addmm(row, grid.by_bump, terms, beta=scale, alpha=scale).view_as(z)
 
 
+def one_token(z: Tensor, H: Any, w: Any, grid: Grid, c: AuroraConfig, scale: float) -> Tensor:
+    """`core.sigma` of one token, z (r,) -> (r,): products with vectors need fewer views."""
+    way = best_way(len(z), c)
+    if way is not ALL_BUMPS:
+        return way.forward(z.unsqueeze(1), H, w, grid, c, scale).squeeze(1)
+    fixed = fixed_part(z, H, c)
+    if w is None:
+        return scale * fixed
+    n, terms = w.shape[1], bump_terms(z, grid, c)  # (n, I, 1, r)
+    if c.spline == "summed":
+        totals = torch.mv(terms.view(n, -1), grid.channel_row)  # (n,)
+        return torch.addmv(fixed, w, totals, beta=scale, alpha=scale)
+    terms = (terms * w.t().view(n, 1, 1, -1)).view(-1, len(z))  # (n I, r)
+    return torch.addmv(fixed, terms.t(), grid.bump_row, beta=scale, alpha=scale)
+
+
 def all_totals(z: Tensor, grid: Grid, c: AuroraConfig) -> Tensor:
     """Every bump's sum over the channels of z (r, N) -> (n, N)."""
     terms = bump_terms(z, grid, c).flatten(1, 2)  # (n, I r, N)

@@ -95,7 +95,8 @@ def _in_full_precision(run: Callable[..., Any]) -> Callable[..., Any]:
 def _forward(*inputs: Any, learns: bool = False) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
     """x (..., in_features) -> the output (..., out_features), z = A x and s sigma(z), both (r, N).
 
-    And what else the backward wants, or None: the totals of the bumps (n, N), dropout's mask.
+    And what else the backward wants, or None: the totals of the bumps (n, N), dropout's mask. In
+    inference both are (r,) for one token.
     """
     x, A, B, H, w, W, b, grid, c, dropout = inputs
     dtype, wide, totals, mask = x.dtype, grid.one.dtype, None, None
@@ -104,6 +105,11 @@ def _forward(*inputs: Any, learns: bool = False) -> tuple[Tensor, Tensor, Tensor
         W, b, A, B = (as_dtype(t, dtype) for t in (W, b, A, B))
         H, w = as_dtype(H, wide), as_dtype(w, wide)
     out = F.linear(x, W, b).contiguous()  # of x as it is: of its rows it may round differently
+    if same and not (learns or dropout) and x.numel() == x.shape[-1]:
+        z = torch.mv(A, x.reshape(-1))  # (r,)
+        y = _kernels.one_token(z, H, w, grid, c, c.scaling)
+        out.view(-1).addmv_(B, y)
+        return out, z, y, totals, mask
     x = as_rows(x)
     if dropout:
         mask = dropout_mask(x, dropout)

@@ -205,8 +205,10 @@ class Grid(NamedTuple):
     centers: Tensor  # (n, 1, 1, 1)
     reach: Tensor  # (I, 1, 1)
     binomials: Tensor  # (I, 1, 1), and as factors of products that add up
-    by_channel: Tensor  # (n, 1, I r): every bump over its pieces and the channels
-    by_bump: Tensor  # (1, n I): all bumps over their pieces
+    channel_row: Tensor  # (I r,): a bump over its pieces and the channels
+    by_channel: Tensor  # (n, 1, I r): every bump likewise
+    bump_row: Tensor  # (n I,): all bumps over their pieces
+    by_bump: Tensor  # (1, n I): the same
     pieces: Tensor  # (k + 1, k + 1), for aurora/_kernels.py
     one: Tensor  # ()
 
@@ -219,8 +221,9 @@ class Grid(NamedTuple):
         centers = make([first + g for g in range(n)]).view(-1, 1, 1, 1)
         reach = make([(k + 1) / 2 - i for i in terms]).view(-1, 1, 1)
         b = make([(-1) ** i * math.comb(k + 1, i) / math.factorial(k) for i in terms])
-        products = b.repeat_interleave(c.rank).expand(n, 1, -1), b.repeat(n).view(1, -1)
-        return cls(centers, reach, b.view(-1, 1, 1), *products, make(pieces(k)), make(1.0))
+        row, bump_row = b.repeat_interleave(c.rank), b.repeat(n)
+        products = b.view(-1, 1, 1), row, row.expand(n, 1, -1), bump_row, bump_row.view(1, -1)
+        return cls(centers, reach, *products, make(pieces(k)), make(1.0))
 
 
 @functools.cache

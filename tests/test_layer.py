@@ -69,6 +69,20 @@ def test_it_is_what_base_and_adapter_are_one_by_one(name, shape):
     compare(results(layer, x), results(layer, x, _layer._one_by_one))
 
 
+FINE = {"a fine grid": {"rank": 20, "grid_size": 10_000}}
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (1, 1, 12), (2, 12), (0, 12), (700, 12)])
+@pytest.mark.parametrize("name", VARIANTS | FINE)
+def test_without_gradients(name, shape):
+    """One token has a way of its own, and fine grids another."""
+    layer, x = make(torch.float64, **(VARIANTS | FINE)[name]), torch.randn(*shape).double()
+    wanted = _layer._one_by_one(layer, x)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            compare({"out": layer(x)}, {"out": wanted}, 1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_other_dtypes(dtype, bias):
