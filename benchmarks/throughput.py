@@ -467,6 +467,5 @@ KEPT = (
     "**With memory kept.** All above ran with the C library as it is. It may give freed memory "
     "back to the system; asking for it anew takes up to half of a step, and whether it does "
     "depends on what ran before. That is why a place may differ between two tables, and who holds "
-    "less memory gains. Here are training steps in a process that keeps its memory, as other "
-    "allocators do."
+    "less memory gains. Here are training steps in a process that keeps its memory."
 )
