@@ -100,17 +100,16 @@ def _forward(*inputs: Any, learns: bool = False) -> tuple[Tensor, Tensor, Tensor
     """
     x, A, B, H, w, W, b, grid, c, dropout = inputs
     dtype, wide, totals, mask = x.dtype, grid.one.dtype, None, None
-    same = dtype is wide is W.dtype is A.dtype is B.dtype
-    if not (same and (H is None or H.dtype is wide) and (w is None or w.dtype is wide)):
-        W, b, A, B = (as_dtype(t, dtype) for t in (W, b, A, B))
-        H, w = as_dtype(H, wide), as_dtype(w, wide)
+    W, b, H, w = as_dtype(W, dtype), as_dtype(b, dtype), as_dtype(H, wide), as_dtype(w, wide)
     out = F.linear(x, W, b).contiguous()  # of x as it is: of its rows it may round differently
-    if same and not (learns or dropout) and x.numel() == x.shape[-1]:
-        z = torch.mv(A, x.reshape(-1))  # (r,)
+    if x.numel() == x.shape[-1] and A.dtype is B.dtype is wide and not (learns or dropout):
+        # In half precision too: it takes less to convert one token than A and B.
+        z = torch.mv(A, as_dtype(x.reshape(-1), wide))  # (r,)
         y = _kernels.one_token(z, H, w, grid, c, c.scaling)
-        out.view(-1).addmv_(B, y)
+        row = out.view(-1)
+        row.addmv_(B, y) if dtype is wide else row.add_(torch.mv(B, y))
         return out, z, y, totals, mask
-    x = as_rows(x)
+    A, B, x = as_dtype(A, dtype), as_dtype(B, dtype), as_rows(x)
     if dropout:
         mask = dropout_mask(x, dropout)
         x = x * mask
