@@ -20,6 +20,7 @@ from aurora._operations import dropout_mask, narrow_product, transposed
 from aurora.core import ANL, AuroraConfig, AuroraLinear, Grid, as_dtype
 
 _one_by_one = AuroraLinear.adapted
+FEW_NUMBERS = 2**16  # in x, up to which converting them takes less than converting A and B
 
 
 def adapted(self: AuroraLinear, *args: Any, **kwargs: Any) -> Tensor:
@@ -103,13 +104,13 @@ def _forward(*inputs: Any, learns: bool = False) -> tuple[Tensor, Tensor, Tensor
     W, b, H, w = as_dtype(W, dtype), as_dtype(b, dtype), as_dtype(H, wide), as_dtype(w, wide)
     out = F.linear(x, W, b).contiguous()  # of x as it is: of its rows it may round differently
     if x.numel() == x.shape[-1] and A.dtype is B.dtype is wide and not (learns or dropout):
-        # In half precision too: it takes less to convert one token than A and B.
         z = torch.mv(A, as_dtype(x.reshape(-1), wide))  # (r,)
         y = _kernels.one_token(z, H, w, grid, c, c.scaling)
         row = out.view(-1)
         row.addmv_(B, y) if dtype is wide else row.add_(torch.mv(B, y))
         return out, z, y, totals, mask
-    A, B, x = as_dtype(A, dtype), as_dtype(B, dtype), as_rows(x)
+    inner = dtype if learns or x.numel() > FEW_NUMBERS else wide
+    A, B, x = as_dtype(A, inner), as_dtype(B, inner), as_rows(as_dtype(x, inner))
     if dropout:
         mask = dropout_mask(x, dropout)
         x = x * mask
@@ -122,8 +123,9 @@ def _forward(*inputs: Any, learns: bool = False) -> tuple[Tensor, Tensor, Tensor
         y = _kernels.from_totals(totals, _kernels.fixed_part(z, H, c), w, c.scaling)
     else:
         y = way.forward(z, H, w, grid, c, c.scaling)
-    y = as_dtype(y, dtype)
-    as_rows(out).addmm_(transposed(y), B.t())
+    y = as_dtype(y, inner)
+    rows, up = as_rows(out), B.t()
+    rows.addmm_(transposed(y), up) if inner is dtype else rows.add_(transposed(y) @ up)
     return out, z, y, totals, mask
 
 
