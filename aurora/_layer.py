@@ -103,14 +103,15 @@ def _forward(*inputs: Any, learns: bool = False) -> tuple[Tensor, Tensor, Tensor
     dtype, wide, totals, mask = x.dtype, grid.one.dtype, None, None
     W, b, H, w = as_dtype(W, dtype), as_dtype(b, dtype), as_dtype(H, wide), as_dtype(w, wide)
     out = F.linear(x, W, b).contiguous()  # of x as it is: of its rows it may round differently
-    if x.numel() == x.shape[-1] and A.dtype is B.dtype is wide and not (learns or dropout):
-        z = torch.mv(A, as_dtype(x.reshape(-1), wide))  # (r,)
+    inner = dtype if learns or x.numel() > FEW_NUMBERS else wide
+    A, B, x = as_dtype(A, inner), as_dtype(B, inner), as_dtype(x, inner)
+    if x.numel() == x.shape[-1] and inner is wide and not (learns or dropout):
+        z = torch.mv(A, x.reshape(-1))  # (r,)
         y = _kernels.one_token(z, H, w, grid, c, c.scaling)
         row = out.view(-1)
-        row.addmv_(B, y) if dtype is wide else row.add_(torch.mv(B, y))
+        row.addmv_(B, y) if inner is dtype else row.add_(torch.mv(B, y))
         return out, z, y, totals, mask
-    inner = dtype if learns or x.numel() > FEW_NUMBERS else wide
-    A, B, x = as_dtype(A, inner), as_dtype(B, inner), as_rows(as_dtype(x, inner))
+    x = as_rows(x)
     if dropout:
         mask = dropout_mask(x, dropout)
         x = x * mask

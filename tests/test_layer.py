@@ -359,6 +359,17 @@ def test_without_gradients_too(name, dtype):
             compare({"out": at_once}, {"out": _layer._one_by_one(layer, x)}, tolerance)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_many_tokens_without_gradients_in_half_precision(name, monkeypatch):
+    """Their products are in half precision, as they are one by one."""
+    monkeypatch.setattr(_layer, "FEW_NUMBERS", 0)
+    layer = make(torch.bfloat16, **VARIANTS[name])
+    for shape in [(12,), (5, 12), (2, 0, 12), (2, 9, 12)]:
+        x = torch.randn(*shape, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            compare({"out": layer(x)}, {"out": _layer._one_by_one(layer, x)}, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("shape", [(12,), (2, 3, 12)])
